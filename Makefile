@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# Each stamp is newer than what it was installed from, so a second call installs nothing.
+DEMO := .venv/installed-for-demo
+DEV := .venv/installed-for-development
+
+.PHONY: demo test lint bench
+
+demo: $(DEMO)
+	$(BIN)/tersekv try
+
+# One thread for each of the two test workers: torch would otherwise start one for every core in both.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(DEV)
+	$(BIN)/tersekv bench encode
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing tersekv and transformers into .venv (once, some minutes)"
+	$(INSTALL) --editable ".[hf]"
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the development set into .venv (once, some minutes)"
+	$(INSTALL) --editable ".[hf,plots,dev]"
+	@touch $@ $(DEMO)
