@@ -1,0 +1,57 @@
+"""What a codec is. A new method is one frozen dataclass in `codecs/` and one line in `spec.CODECS`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tersekv.errors import SpecError, did_you_mean
+from tersekv.layout import Layout
+from tersekv.ops.recipe import Recipe
+from tersekv.packed import Packed
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How the keys or the values of one block become planes and back. The fields are the configuration.
+
+    Values live in two domains: the model's, and the *folded* one in which codes are taken. `decode` returns to the
+    model's; attention stays in the folded one, because `q . k = fold_query(q) . k_folded` and the output of folded
+    values is brought back once a step by `unfold_output`.
+    """
+
+    side_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # option defaults that differ for "k" and "v"
+
+    @abstractmethod
+    def layout(self, d: int) -> Layout:
+        """Planes for head dim `d`. Raises SpecError if `d` does not fit the options."""
+
+    @abstractmethod
+    def recipe(self, d: int) -> Recipe:
+        """Which arithmetic turns the planes into folded values."""
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
+        """Each block on its own, so that any chunking of the input gives the same bytes."""
+
+    def decode(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
+        """fp32 values in the model's domain."""
+        return self.unfold_output(self.recipe(packed.layout.d).values(packed))
+
+    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+        return q
+
+    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+        return o
+
+
+def check_bits(bits: int, low: int, high: int) -> None:
+    if not low <= bits <= high:
+        raise SpecError(f"bits={bits} is out of range. Allowed: {low} to {high}.")
+
+
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"{option}={value} is unknown. {did_you_mean(value, allowed)}")

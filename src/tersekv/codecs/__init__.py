@@ -1,0 +1,1 @@
+"""One method, one file. The registry is `tersekv.spec.CODECS`."""

@@ -1,0 +1,118 @@
+"""Attention over dense and packed tokens: the fp32 specification that every kernel is tested against.
+
+Each function returns the output and its log-sum-exp, so that parts computed apart (tiers, tiles, splits) are joined
+by `merge`. Query heads share KV heads in groups of g = hq / h; lengths are ragged for each sequence and KV head.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from tersekv.layout import Layout
+from tersekv.ops.recipe import Recipe
+from tersekv.packed import Packed
+
+TILE_VALUES = 2**22  # decoded at a time (16 MiB for each of K and V), so no call holds a dense copy of a history
+TILE_QUERIES = 256
+
+Partial = tuple[Float[Tensor, "b hq n d"], Float[Tensor, "b hq n"]]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Packed tokens as kernels see them: page bytes, which page holds which block, how many tokens count."""
+
+    pool: UInt8[Tensor, "pages bytes"]
+    table: Int[Tensor, "b h blocks"]
+    lengths: Int[Tensor, "b h"]
+    k_layout: Layout
+    v_layout: Layout
+    k_recipe: Recipe
+    v_recipe: Recipe
+
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Decoded (k, v, lengths left) of some blocks at a time, folded domain, fp32."""
+        block, split = self.k_layout.block, self.k_layout.nbytes
+        b, h, blocks = self.table.shape
+        step = max(1, TILE_VALUES // (b * h * block * self.k_layout.d))
+        for start in range(0, blocks, step):
+            index = self.table[..., start : start + step].clamp(min=0).long()
+            data = self.pool[index]
+            k = self.k_recipe.values(Packed(self.k_layout, data[..., :split])).flatten(2, 3)
+            v = self.v_recipe.values(Packed(self.v_layout, data[..., split:])).flatten(2, 3)
+            yield k, v, self.lengths - start * block
+
+
+def attend_dense(
+    q: Float[Tensor, "b hq n d"],
+    k: Float[Tensor, "b h t d"],
+    v: Float[Tensor, "b h t d"],
+    lengths: Int[Tensor, "b h"],
+    scale: float,
+    visible: Bool[Tensor, "b n t"] | None = None,
+) -> Partial:
+    """softmax(q k^T * scale) v over the first `lengths` tokens, where `visible` allows; fp32 throughout.
+
+    A query that sees nothing gives output 0 and log-sum-exp -inf. What lies beyond `lengths` is never used, be it NaN.
+    """
+    b, hq, n, d = q.shape
+    h, t = k.shape[1:3]
+    mask = (torch.arange(t, device=q.device) < lengths[..., None].to(q.device))[:, :, None, None]
+    v = torch.where(mask[:, :, 0, 0, :, None], v.float(), 0)
+    if visible is not None:
+        mask = mask & visible[:, None, None]
+    q, k = q.float().view(b, h, hq // h, n, d), k.float()
+    scores = torch.matmul(q.flatten(2, 3), k.mT).view(b, h, hq // h, n, t) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
+    out = torch.matmul(weights.flatten(2, 3), v).view(b, hq, n, d)
+    return out, lse.view(b, hq, n)
+
+
+def attend_causal(
+    q: Float[Tensor, "b hq n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    padding: Int[Tensor, "b"],
+    scale: float,
+) -> Partial:
+    """Attention of new tokens among themselves; the first `padding` of each sequence are seen by nobody."""
+    n = q.shape[2]
+    parts = []
+    for start in range(0, n, TILE_QUERIES):
+        stop = min(start + TILE_QUERIES, n)
+        keys, queries = torch.arange(stop, device=q.device), torch.arange(start, stop, device=q.device)
+        visible = (keys <= queries[:, None]) & (keys >= padding.to(q.device)[:, None, None])
+        lengths = torch.full(k.shape[:2], stop)
+        tile = (q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
+        parts.append(attend_dense(*tile, lengths, scale, visible))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def attend_alone(
+    q: Float[Tensor, "b hq n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], scale: float
+) -> Float[Tensor, "b hq n d"]:
+    """Causal attention of a first chunk: nothing is stored yet, so the host's own kernel does, and exactly as dense."""
+    return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def attend_pages(q: Float[Tensor, "b hq n d"], pages: Pages, scale: float) -> Partial:
+    """Attention of folded queries over packed pages, in the values' folded domain."""
+    return merge(attend_dense(q, k, v, lengths, scale) for k, v, lengths in pages.tiles())
+
+
+def merge(parts: Iterable[Partial]) -> Partial:
+    """Join attention over disjoint token sets: outputs weighted by their share of the total exponential mass."""
+    iterator = iter(parts)
+    out, lse = next(iterator)
+    for o, part in iterator:
+        total = torch.logaddexp(lse, part)
+        finite = torch.where(total == -torch.inf, 0, total)
+        out = out * torch.exp(lse - finite)[..., None] + o * torch.exp(part - finite)[..., None]
+        lse = total
+    return out, lse

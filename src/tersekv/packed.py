@@ -1,0 +1,59 @@
+"""Packed blocks as torch bytes, and the exact change of their storage order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from tersekv.layout import ORDERS, Layout, Plane
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Encoded blocks of one side (keys or values): `data` holds `layout.nbytes` bytes a block."""
+
+    layout: Layout
+    data: UInt8[Tensor, "*lead nbytes"]
+
+    @staticmethod
+    def assemble(layout: Layout, planes: Mapping[str, UInt8[Tensor, "*lead _"]]) -> "Packed":
+        """Lay the planes' bytes into blocks; the padding between planes is zero, so equal content has equal bytes."""
+        first = next(iter(planes.values()))
+        data = torch.zeros(*first.shape[:-1], layout.nbytes, dtype=torch.uint8, device=first.device)
+        for name, content in planes.items():
+            data[..., layout.span(name)] = content
+        return Packed(layout, data)
+
+    def plane(self, name: str) -> UInt8[Tensor, "*lead _"]:
+        """The stored bytes of one plane."""
+        return self.data[..., self.layout.span(name)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+
+def _reordered(content: Tensor, plane: Plane, target: Plane) -> Tensor:
+    """Bytes of a plane moved to the target's order: bit i of the result is bit ORDER(i) of the linear stream."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=content.device)
+    bits = ((content[..., None] >> shifts) & 1).flatten(-2)
+    to_linear = np.argsort(ORDERS[plane.order](plane))
+    index = torch.from_numpy(to_linear[ORDERS[target.order](target)]).to(content.device)
+    moved = bits[..., index].unflatten(-1, (-1, 8))
+    return (moved << shifts).sum(-1, dtype=torch.uint8)
+
+
+def repack(packed: Packed, order: str) -> Packed:
+    """The same codes in another storage order; exact, and its own inverse through the former order.
+
+    Raises SpecError for an order that is not registered in `layout.ORDERS`.
+    """
+    layout = packed.layout.ordered(order)
+    planes = {}
+    for plane in packed.layout.planes:
+        target, content = layout.plane(plane.name), packed.plane(plane.name)
+        planes[plane.name] = content if target.order == plane.order else _reordered(content, plane, target)
+    return Packed.assemble(layout, planes)

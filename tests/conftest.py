@@ -1,0 +1,64 @@
+"""Shapes are checked in tests only: jaxtyping's hook wraps every function of the package."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("tersekv", "beartype.beartype")
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_model(family: str) -> PreTrainedModel:
+    """A random model of three layers; Gemma 3 with a sliding window of 32 on two of them, Qwen 2 without head_dim."""
+    torch.manual_seed(0)
+    if family == "llama":
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=3, head_dim=32))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_hidden_layers=3))
+    else:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        sizes = {"num_hidden_layers": 3, "head_dim": 32, "sliding_window": 32, "layer_types": kinds}
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **sizes))
+    return model.eval().requires_grad_(False)
+
+
+FAMILIES = ("llama", "qwen2", "gemma3")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return make_model("llama")
