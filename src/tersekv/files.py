@@ -1,0 +1,154 @@
+"""A cache as one safetensors file: planes in the linear order, with version, spec, model and a hash of the content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tersekv.errors import CacheError, CacheFileError
+from tersekv.tiers import DenseTier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tersekv.hf.cache import PackedCache
+    from tersekv.hf.layer import PackedLayer
+
+FORMAT, VERSION = "tersekv-cache", 1
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart, fine-tunes included: a hash over each parameter's name, shape and first 64 numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        head = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + head.tobytes())
+    return digest.hexdigest()
+
+
+def save(cache: PackedCache, path: str | Path, model: PreTrainedModel) -> None:
+    """Write `cache` to `path`; the file appears whole or not at all. Raises CacheError for an empty cache."""
+    from tersekv.hf.layer import PackedLayer
+
+    if cache.get_seq_length() == 0:
+        raise CacheError("This cache is empty: there is nothing to save. Run the model with it first.")
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, Any] = {}
+    for index, layer in enumerate(cache.layers):
+        state = _packed_state(layer) if isinstance(layer, PackedLayer) else _dense_state(index, layer)
+        notes[str(index)] = state[1]
+        tensors |= {f"{index}.{name}": x.contiguous().cpu() for name, x in state[0].items()}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "spec": str(cache.spec),
+        "model": fingerprint(model),
+        "layers": json.dumps(notes),
+    }
+    metadata["sha256"] = _digest(tensors, metadata)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: x.clone() for name, x in tensors.items()}, partial, metadata)
+    partial.replace(path)
+
+
+def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
+    """The cache that `save` wrote, for the same model. Raises CacheFileError if the file is not exactly that."""
+    from tersekv.hf.cache import cache as new_cache
+    from tersekv.hf.layer import PackedLayer
+
+    tensors, metadata = _read(Path(path))
+    if metadata["model"] != fingerprint(model):
+        raise CacheFileError(f"{path} was saved with another model. Load the model it belongs to, or prefill again.")
+    cache = new_cache(model, metadata["spec"])
+    notes, device = json.loads(metadata["layers"]), model.device
+    for index, layer in enumerate(cache.layers):
+        prefix = f"{index}."
+        state = {n.removeprefix(prefix): x.to(device) for n, x in tensors.items() if n.startswith(prefix)}
+        if isinstance(layer, PackedLayer):
+            _restore_packed(layer, state, notes[str(index)])
+        elif state:
+            layer.lazy_initialization(state["keys"], state["values"])
+            vars(layer).update(state, **notes[str(index)])
+    return cache
+
+
+def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tiers = layer.opened().tiers
+    tensors = {f"{name}.{plane}": x for name, tier in tiers.all().items() for plane, x in tier.tensors().items()}
+    tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
+    padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
+    return tensors, {"slots": layer.slots.total, "padded": padded}
+
+
+def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    from tersekv.hf.layer import Slots
+
+    empty = state["recent.k"][:, :, :0]
+    layer.lazy_initialization(empty, empty)
+    store = layer.opened()
+
+    def restored(name: str, tier: Any) -> Any:
+        lengths = state[f"{name}.lengths"].cpu().numpy()
+        planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
+        return (
+            DenseTier(**planes, lengths=lengths)
+            if isinstance(tier, DenseTier)
+            else replace(tier, **planes, lengths=lengths)
+        )
+
+    dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
+    packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}
+    store.tiers = type(store.tiers)(dense, packed)
+    padded = tuple((start, np.array(pads, dtype=np.int64)) for start, pads in notes["padded"])
+    layer.slots = Slots(notes["slots"], padded)
+
+
+def _dense_state(index: int, layer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Keys and values of a layer that transformers keeps, such as a sliding window."""
+    if getattr(layer, "keys", None) is None:
+        if type(layer).__name__ == "DummyLayer":
+            return {}, {}
+        raise CacheError(f"Layer {index} is a {type(layer).__name__}, whose state cannot be saved.")
+    notes = {"cumulative_length": layer.cumulative_length} if hasattr(layer, "cumulative_length") else {}
+    return {"keys": layer.keys, "values": layer.values}, notes
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in ("format", "version", "spec", "model", "layers"):
+        digest.update(metadata[key].encode() + b"\0")
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
+        digest.update(x.contiguous().view(torch.uint8).numpy().data if x.numel() else b"")
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a whole, unchanged file of this format and version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CacheFileError(f"{path} cannot be read as a cache: {error}. Is it complete?") from error
+    if metadata.get("format") != FORMAT:
+        raise CacheFileError(f"{path} is a safetensors file, but not a tersekv cache. Was it made by `save`?")
+    if metadata.get("version") != str(VERSION):
+        raise CacheFileError(
+            f"{path} has version {metadata.get('version')}; this tersekv reads {VERSION}. Prefill again."
+        )
+    missing = [key for key in ("spec", "model", "layers", "sha256") if key not in metadata]
+    if missing or _digest(tensors, metadata) != metadata["sha256"]:
+        raise CacheFileError(f"{path} is damaged: its content does not have the hash it was saved with. Prefill again.")
+    return tensors, metadata

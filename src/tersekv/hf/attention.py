@@ -1,0 +1,130 @@
+"""The attention and mask functions that transformers calls while a model is attached. Tested with transformers 5.23."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tersekv.errors import InputError, ModelError, did_you_mean
+from tersekv.hf.layer import Handle
+from tersekv.store import Padding
+
+ROUTES = {"fused": "tersekv", "decoded": "tersekv_decoded"}  # route: name of the attention function
+
+
+class ChunkMask:
+    """A causal mask that is only written out for layers that stay dense; packed layers need the padding alone."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+
+    @cached_property
+    def dense(self) -> Tensor | None:
+        return sdpa_mask(**self.arguments)
+
+    @cached_property
+    def padding(self) -> Padding:
+        """Tokens at the left of the chunk that the host masks out, for each sequence."""
+        mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
+        if mask is None:
+            return np.zeros(self.arguments["batch_size"], dtype=np.int64)
+        fresh = mask[:, -n:].bool().cpu().numpy()
+        padding = n - fresh.sum(-1)
+        if not (fresh == (np.arange(n) >= padding[:, None])).all():
+            raise InputError(
+                "The attention mask hides tokens in the middle or at the right of the new ones. A packed cache takes "
+                'left padding only: use tokenizer.padding_side = "left".'
+            )
+        return padding
+
+    def check(self, real: np.ndarray) -> None:
+        """Raise InputError if the mask hides other stored tokens than those that were padding when they came."""
+        mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
+        if mask is None:
+            return
+        counted = mask[:, : mask.shape[1] - n].sum(-1).cpu().numpy()
+        if (counted != real).any():
+            raise InputError(
+                f"The attention mask shows {counted.tolist()} stored tokens, but the cache holds {real.tolist()}. "
+                "Pass the mask of the whole conversation, unchanged for the part already seen."
+            )
+
+
+def _mask(**arguments: Any) -> ChunkMask | Tensor | None:
+    """A plain causal mask stays unwritten; any other (sliding window, prefix) is what SDPA would get."""
+    function: Callable[..., Any] = arguments["mask_function"]
+    plain = getattr(function, "__name__", "") == "causal_mask_function" and not arguments.get("use_vmap")
+    return ChunkMask(**arguments) if plain else sdpa_mask(**arguments)
+
+
+def _forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Handle,
+    value: Tensor | Handle,
+    attention_mask: ChunkMask | Tensor | None,
+    decode: bool = False,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: (b, n, hq, d). Layers that are not packed go to SDPA."""
+    if not isinstance(key, Handle):
+        mask = attention_mask.dense if isinstance(attention_mask, ChunkMask) else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    try:
+        padding = _padding(key, attention_mask, kwargs)
+    except InputError:
+        key.layer.cache.rollback()
+        raise
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = key.layer.extend(query, key, padding, scale, decode)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _padding(key: Handle, mask: ChunkMask | Tensor | None, kwargs: dict[str, Any]) -> Padding:
+    """The chunk's left padding. Raises InputError for what packed attention does not compute."""
+    for name in ("softcap", "s_aux", "position_bias", "sliding_window"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"Layer {key.layer.index} uses {name}, which packed attention does not compute.")
+    if mask is None:
+        return np.zeros(len(key.k), dtype=np.int64)
+    if isinstance(mask, ChunkMask):
+        mask.check(key.layer.opened().lengths)
+        return mask.padding
+    raise InputError(
+        f"Layer {key.layer.index} was given a custom attention mask of shape {tuple(mask.shape)}. Packed attention is "
+        "causal with left padding: pass a 2D mask, or run the model without tersekv.attached."
+    )
+
+
+@contextmanager
+def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTrainedModel]:
+    """Within the block, `model` attends to packed caches where they lie; afterwards it is as before.
+
+    `route="decoded"` unpacks the history at every step instead: the slow check on the fused route.
+    Raises ModelError if the model's attention cannot be exchanged.
+    """
+    if route not in ROUTES:
+        raise InputError(f'Unknown route "{route}". {did_you_mean(route, ROUTES)}')
+    for name, decode in (("tersekv", False), ("tersekv_decoded", True)):
+        AttentionInterface.register(name, partial(_forward, decode=decode))
+        AttentionMaskInterface.register(name, _mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ROUTES[route])
+    if model.config._attn_implementation != ROUTES[route]:
+        raise ModelError(
+            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
+            "exchanged. Use the cache without tersekv.attached: it then unpacks at every step."
+        )
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)

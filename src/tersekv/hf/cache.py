@@ -1,0 +1,130 @@
+"""A transformers cache whose full-attention layers are packed; the others are what transformers would use."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from tersekv.errors import CacheError, InputError, ModelError, TersekvError
+from tersekv.hf.attention import ROUTES
+from tersekv.hf.layer import Handle, PackedLayer
+from tersekv.report import CacheReport, cache_report
+from tersekv.spec import Spec, parse
+
+
+class PackedCache(Cache):
+    """Pass it as `past_key_values`. Either every layer takes a forward pass's tokens, or none does."""
+
+    def __init__(self, config: PreTrainedConfig, spec: Spec) -> None:
+        self.config, self.spec = config.get_text_config(decoder=True), spec
+        self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
+        self._warned = False
+        dense = DynamicCache(config=self.config).layers
+        layers = [
+            PackedLayer(spec, index, self) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(dense)
+        ]
+        if not any(isinstance(layer, PackedLayer) for layer in layers):
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ModelError(
+                f"{self.config.model_type} has no full-attention layer to pack; its cache is "
+                f"{', '.join(kinds) or 'empty'}. Use a decoder with full attention, such as Llama, Qwen or Gemma."
+            )
+        super().__init__(layers=layers)
+
+    def attached(self) -> bool:
+        """Whether the model's attention reads packed layers; if not, warn once that they will be unpacked."""
+        if self.config._attn_implementation in ROUTES.values():
+            return True
+        if not self._warned:
+            warnings.warn(
+                "This model is not attached: the packed cache is unpacked at every step, which is slow and needs the "
+                "dense memory for a moment. Run inside `with tersekv.attached(model):`.",
+                stacklevel=4,
+            )
+            self._warned = True
+        return False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == min(self._before, default=layer_idx):
+            self._begin(key_states.shape[2])
+        self._before[layer_idx] = _snapshot(self.layers[layer_idx])
+        try:
+            k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except TersekvError:
+            self.rollback()
+            raise
+        if isinstance(k, Handle):
+            return k, v
+        self.finished(layer_idx)
+        return k, v
+
+    def _begin(self, n: int) -> None:
+        """A forward pass starts: the last one must have reached every layer, and the context must suffice."""
+        if self._before:
+            raise CacheError(
+                f"The last forward pass stopped after layer {max(self._before)}, so the layers hold different tokens. "
+                "Call cache.rollback() to return to the state before it."
+            )
+        total, limit = self.get_seq_length() + n, getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and total > limit:
+            raise InputError(
+                f"{total} tokens are more than this model's context of {limit} (max_position_embeddings). "
+                "The cache is unchanged; shorten the prompt or crop the cache."
+            )
+
+    def finished(self, layer_idx: int) -> None:
+        """A layer has stored its tokens; after the last one the forward pass can no longer be rolled back."""
+        # DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store.
+        if layer_idx == max(i for i, layer in enumerate(self.layers) if type(layer).__name__ != "DummyLayer"):
+            self._before = {}
+
+    def rollback(self) -> None:
+        """Undo a forward pass that stopped half-way: every layer returns to its state before it, exactly."""
+        for index, state in self._before.items():
+            _restore(self.layers[index], state)
+        self._before = {}
+
+    def copy(self, prefill: str | None = None) -> "PackedCache":
+        """A second cache with the same tokens, which then goes its own way; pages are shared, so it costs nothing.
+
+        `prefill` replaces the spec's ("exact" or "packed") for what the copy will be given.
+        """
+        spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
+        fork = PackedCache(self.config, spec)
+        for mine, its in zip(self.layers, fork.layers, strict=True):
+            _restore(its, _snapshot(mine))
+            if isinstance(its, PackedLayer) and its.store is not None:
+                its.store.spec = spec
+        return fork
+
+    def report(self) -> CacheReport:
+        """Bytes held by tier, plane and layer beside what a dense cache would hold."""
+        return cache_report(self)
+
+
+def _snapshot(layer: Any) -> Any:
+    """References suffice: neither we nor transformers' dynamic layers write into a tensor they hold."""
+    return layer.snapshot() if isinstance(layer, PackedLayer) else dict(vars(layer))
+
+
+def _restore(layer: Any, state: Any) -> None:
+    if isinstance(layer, PackedLayer):
+        layer.restore(state)
+    else:
+        vars(layer).clear()
+        vars(layer).update(state)
+
+
+def cache(model: PreTrainedModel, spec: str | Spec = "terse4") -> PackedCache:
+    """An empty packed cache for `model`. Raises SpecError for a bad spec, ModelError for a model without KV cache."""
+    chosen = parse(spec) if isinstance(spec, str) else spec
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
+            "Use a causal language model such as LlamaForCausalLM."
+        )
+    return PackedCache(model.config, chosen)

@@ -1,0 +1,35 @@
+"""Checks on what a model hands to the cache. Each error names the layer and says what to do."""
+
+import torch
+from torch import Tensor
+
+from tersekv.errors import InputError
+
+
+def check_finite(layer: int, start: int, k: Tensor, v: Tensor) -> None:
+    """Raise InputError naming layer, side and position of the first NaN or Inf."""
+    for side, x in (("keys", k), ("values", v)):
+        if torch.isfinite(x.sum()) or torch.isfinite(x).all():  # the sum alone can overflow, never hide a NaN
+            continue
+        b, h, t, c = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise InputError(
+            f"Layer {layer}: {side} hold {x[b, h, t, c].item()} at sequence {b}, head {h}, position {start + t}, "
+            f"channel {c}. The cache is unchanged; look for an overflow in the model (fp16?) or in its input."
+        )
+
+
+def check_like(layer: int, held: Tensor, given: Tensor) -> None:
+    """Raise InputError unless the new tensor has the batch, heads, head dim, dtype and device of those held."""
+    facts = {
+        "sequences": (held.shape[0], given.shape[0]),
+        "KV heads": (held.shape[1], given.shape[1]),
+        "head dim": (held.shape[3], given.shape[3]),
+        "dtype": (held.dtype, given.dtype),
+        "device": (held.device, given.device),
+    }
+    for what, (has, got) in facts.items():
+        if has != got:
+            raise InputError(
+                f"Layer {layer}: this cache holds {what} {has}, but was given {got}. The cache is unchanged; "
+                "call cache.reset() or make a new cache for another batch or model."
+            )

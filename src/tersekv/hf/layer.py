@@ -1,0 +1,163 @@
+"""One packed attention layer as transformers sees it."""
+
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from tersekv.errors import InputError
+from tersekv.hf.checks import check_finite, check_like
+from tersekv.spec import Spec
+from tersekv.store import Padding, Store
+
+if TYPE_CHECKING:
+    from tersekv.hf.cache import PackedCache
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The host's view of a cache: every sequence has `total` slots, of which padding was never stored."""
+
+    total: int = 0
+    padded: tuple[tuple[int, Padding], ...] = ()  # chunks that were padded at their left: first slot, pads a sequence
+
+    def grown(self, n: int, padding: Padding) -> "Slots":
+        note = ((self.total, padding),) if padding.any() else ()
+        return Slots(self.total + n, self.padded + note)
+
+    def real(self, total: int, b: int) -> Int[np.ndarray, "b"]:
+        """Real tokens of each sequence in its first `total` slots."""
+        pads = sum(
+            (np.minimum(p, max(total - start, 0)) for start, p in self.padded), start=np.zeros(b, dtype=np.int64)
+        )
+        return total - pads
+
+    def cut(self, total: int) -> "Slots":
+        kept = ((start, np.minimum(p, total - start)) for start, p in self.padded if start < total)
+        return Slots(total, tuple(kept))
+
+    def select(self, rows: np.ndarray) -> "Slots":
+        return Slots(self.total, tuple((start, p[rows]) for start, p in self.padded))
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What `PackedLayer.update` gives to the attention function: fresh keys and values that are not stored yet."""
+
+    layer: "PackedLayer"
+    k: Float[Tensor, "b h n d"]
+    v: Float[Tensor, "b h n d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a dense cache would have returned; some models look at it."""
+        b, h, n, d = self.k.shape
+        return (b, h, self.layer.slots.total + n, d)
+
+
+class PackedLayer(CacheLayerMixin):
+    """Keys and values of one full-attention layer in a `Store`.
+
+    While the model's attention is tersekv's, `update` returns a `Handle` and storing waits for the attention
+    function, which knows the padding. Otherwise it stores at once and returns unpacked tensors: right, but slow.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, spec: Spec, index: int, cache: "PackedCache") -> None:
+        super().__init__()
+        self.spec, self.index, self.cache = spec, index, cache
+        self.slots, self.store = Slots(), None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        b, h, _, d = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store = Store(self.spec, b, h, d, key_states.dtype, key_states.device)
+        self.is_initialized = True
+
+    def opened(self) -> Store:
+        """The store, once the layer has seen tokens."""
+        if self.store is None:
+            raise InputError(f"Layer {self.index} holds no tokens yet. Run the model once with this cache.")
+        return self.store
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.store is not None:
+            check_like(self.index, self.store.tiers.dense["recent"].k, key_states)
+        check_finite(self.index, self.slots.total, key_states, value_states)
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        store = self.opened()
+        if self.cache.attached():
+            handle = Handle(self, key_states, value_states)
+            return handle, handle
+        old = store.decoded()
+        padding = np.zeros(len(key_states), dtype=np.int64)
+        store.append(key_states, value_states, padding)
+        self.slots = self.slots.grown(key_states.shape[2], padding)
+        return torch.cat((old.k, key_states), 2), torch.cat((old.v, value_states), 2)
+
+    def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, decode: bool) -> Tensor:
+        """Attention output for the handle's tokens, which are stored."""
+        out = self.opened().extend(q, handle.k, handle.v, padding, scale, decode)
+        self.slots = self.slots.grown(q.shape[2], padding)
+        self.cache.finished(self.index)
+        return out
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.total + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.slots.total
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` slots of every sequence (transformers counts them negatively)."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number.")
+        if tokens_to_remove == 0 or self.store is None:
+            return
+        total = max(self.slots.total + tokens_to_remove, 0)
+        self.store.crop(self.slots.real(total, len(self.store.lengths)))
+        self.slots = self.slots.cut(total)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.store is not None:
+            self.store.select(indices.to(self.device))
+            self.slots = self.slots.select(indices.cpu().numpy())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            self.batch_select_indices(torch.arange(len(self.store.lengths)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.slots, self.store, self.is_initialized = Slots(), None, False
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """The state, by reference: tiers are immutable, so `restore` is exact and costs nothing."""
+        return self.slots, copy(self.store)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        self.slots, self.store = state
+        self.is_initialized = self.store is not None
+        if self.store is not None:
+            held = self.store.tiers.dense["recent"].k
+            self.dtype, self.device = held.dtype, held.device
+
+    def offload(self) -> None:
+        raise InputError("Offloading a packed layer is not supported. Use a DynamicCache(offloading=True) instead.")
+
+    prefetch = offload

@@ -1,0 +1,149 @@
+"""Specs: text to objects and back.
+
+    "terse4"                                             a preset
+    "rotated:bits=3"                                     one codec for keys and values
+    "k=rotated:bits=4 v=rotated:bits=2 sink=4 recent=64" everything said
+
+`str(spec)` prints the canonical text (defaults left out) and `parse(str(spec)) == spec`.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+from tersekv.codec import Codec
+from tersekv.errors import SpecError, did_you_mean
+from tersekv.policy.window import Window
+
+# One line a method. Other packages add theirs through the entry-point group "tersekv.codecs".
+CODECS = {
+    "none": "tersekv.codecs.none:NoneCodec",
+    "intn": "tersekv.codecs.intn:IntN",
+    "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
+    "rotated": "tersekv.codecs.rotated:Rotated",
+}
+
+PRESETS = {
+    "terse8": "rotated:bits=8",
+    "terse4": "rotated:bits=4",
+    "terse3": "rotated:bits=3",
+    "terse2": "rotated:bits=2",
+}
+
+PREFILL = ("exact", "packed")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A codec for keys, one for values, the policy that says which tokens they get, and what a prefill sees."""
+
+    k: Codec
+    v: Codec
+    policy: Window = field(default_factory=Window)
+    prefill: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.prefill not in PREFILL:
+            raise SpecError(f"prefill={self.prefill} is unknown. {did_you_mean(self.prefill, PREFILL)}")
+
+    def __str__(self) -> str:
+        k, v = print_codec(self.k, "k"), print_codec(self.v, "v")
+        words = [k] if k == v else [f"k={k}", f"v={v}"]
+        words += [f"{f.name}={x}" for f in fields(self.policy) if (x := getattr(self.policy, f.name)) != f.default]
+        words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
+        return " ".join(words)
+
+
+@cache
+def codecs() -> dict[str, str]:
+    """Every registered codec name and where its class is; nothing is imported."""
+    return CODECS | {point.name: point.value for point in entry_points(group="tersekv.codecs")}
+
+
+def codec_class(name: str) -> type[Codec]:
+    if name not in codecs():
+        known = did_you_mean(name, [*codecs(), *PRESETS])
+        raise SpecError(f'Unknown codec or preset "{name}". {known} `tersekv list` shows all.')
+    module, _, attribute = codecs()[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def parse(text: str) -> Spec:
+    """The spec of a text. Raises SpecError for an unknown preset, codec, option or value."""
+    words = text.split()
+    if not words:
+        raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
+    if words[0] in PRESETS:
+        words = PRESETS[words[0]].split() + words[1:]
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and ":" not in key:
+            _set(settings, key, value)
+        else:
+            settings |= {"k": parse_codec(word, "k"), "v": parse_codec(word, "v")}
+    for side in ("k", "v"):
+        if side not in settings:
+            raise SpecError(f'"{text}" names no codec for {side}. Add {side}=CODEC, or {side}=none to leave it dense.')
+    policy = Window(**{f.name: settings.pop(f.name) for f in fields(Window) if f.name in settings})
+    return Spec(policy=policy, **settings)
+
+
+def _set(settings: dict[str, Any], key: str, value: str) -> None:
+    policy = get_type_hints(Window)
+    if key in ("k", "v"):
+        settings[key] = parse_codec(value, key)
+    elif key == "prefill":
+        settings[key] = value
+    elif key in policy:
+        settings[key] = convert(key, value, policy[key])
+    else:
+        raise SpecError(f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", *policy])}')
+
+
+def parse_codec(text: str, side: str) -> Codec:
+    """`name[:option=value[,option=value]]` for one side ("k" or "v"), whose defaults may differ."""
+    name, _, rest = text.partition(":")
+    cls = codec_class(name)
+    types = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
+    given: dict[str, Any] = {}
+    for word in rest.split(",") if rest else []:
+        option, _, value = word.partition("=")
+        if option not in types:
+            raise SpecError(f'Codec "{name}" has no option "{option}". {did_you_mean(option, types)}')
+        given[option] = convert(option, value, types[option])
+    try:
+        return cls(**(cls.side_defaults.get(side, {}) | given))
+    except SpecError as error:
+        raise SpecError(f'Codec "{name}": {error}') from None
+
+
+def print_codec(codec: Codec, side: str) -> str:
+    """Inverse of `parse_codec`."""
+    cls = type(codec)
+    names = {where: name for name, where in codecs().items()}
+    where = f"{cls.__module__}:{cls.__qualname__}"
+    if where not in names:
+        raise SpecError(f"{where} is not registered. Add it to the entry-point group tersekv.codecs.")
+    default = replace(cls(), **cls.side_defaults.get(side, {}))
+    values = {f.name: getattr(codec, f.name) for f in fields(codec)}
+    said = [f"{name}={_print(x)}" for name, x in values.items() if x != getattr(default, name) or name == "bits"]
+    return ":".join([names[where], *([",".join(said)] if said else [])])
+
+
+def convert(name: str, text: str, kind: type) -> Any:
+    """An option's text as its type: whole number, yes/no, or word."""
+    if kind is bool and text in ("yes", "no"):
+        return text == "yes"
+    if kind is int and text.lstrip("-").isdigit():
+        return int(text)
+    if kind is str and text:
+        return text
+    wanted = {int: "a whole number", bool: "yes or no", str: "a word"}[kind]
+    raise SpecError(f'{name}="{text}": {wanted} is needed.')
+
+
+def _print(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -1,0 +1,214 @@
+"""The tiers of one layer: dense tokens and packed pages. Immutable: an operation returns a new tier.
+
+Immutability is what makes rollback exact and beam search cheap: an older state is an older object, and sequences
+share pages. Lengths live on the host as NumPy arrays (b, h), because the host decides what is appended where.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tersekv.codec import Codec
+from tersekv.layout import Layout
+from tersekv.ops import Pages, Partial, attend_dense, attend_pages
+from tersekv.packed import Packed
+
+Lengths = Int[np.ndarray, "b h"]
+
+
+def take(x: Tensor, start: Lengths, count: Lengths) -> Tensor:
+    """Tokens start..start+count of each (sequence, head) of `x` (b, h, t, ...), left-aligned to the longest count."""
+    longest = int(count.max(initial=0))
+    if (start == start.flat[0]).all() and (count == longest).all():
+        return x[:, :, start.flat[0] : start.flat[0] + longest]
+    index = start[..., None] + np.minimum(np.arange(longest), np.maximum(count[..., None] - 1, 0))
+    index = torch.from_numpy(np.minimum(index, max(x.shape[2] - 1, 0))).to(x.device)
+    index = index.view(*index.shape, *[1] * (x.ndim - 3)).expand(*index.shape, *x.shape[3:])
+    return x.gather(2, index)
+
+
+def join(a: Tensor, a_count: Lengths, b: Tensor, b_count: Lengths) -> Tensor:
+    """The first `a_count` tokens of `a` followed by the first `b_count` of `b`, for each (sequence, head)."""
+    both = torch.cat((a, b), 2)
+    if (a_count == a.shape[2]).all() and (b_count == b.shape[2]).all():
+        return both
+    total = a_count + b_count
+    slot = np.broadcast_to(np.arange(int(total.max())), (*total.shape, int(total.max())))
+    slot = np.where(slot < a_count[..., None], slot, slot - a_count[..., None] + a.shape[2])
+    index = torch.from_numpy(np.minimum(slot, both.shape[2] - 1)).to(a.device)
+    index = index.view(*index.shape, *[1] * (a.ndim - 3)).expand(*index.shape, *a.shape[3:])
+    return both.gather(2, index)
+
+
+@dataclass(frozen=True)
+class DenseTier:
+    """Tokens in the model's own precision; the first `lengths` of each row count."""
+
+    k: Float[Tensor, "b h t d"]
+    v: Float[Tensor, "b h t d"]
+    positions: Int[Tensor, "b h t"]
+    lengths: Lengths
+
+    @staticmethod
+    def empty(b: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> "DenseTier":
+        x = torch.empty(b, h, 0, d, dtype=dtype, device=device)
+        positions = torch.empty(b, h, 0, dtype=torch.int32, device=device)
+        return DenseTier(x, x, positions, np.zeros((b, h), dtype=np.int64))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"k": self.k, "v": self.v, "positions": self.positions}
+
+    def take(self, start: Lengths, count: Lengths) -> "DenseTier":
+        return DenseTier(*(take(x, start, count) for x in self.tensors().values()), count)
+
+    def append(self, other: "DenseTier") -> "DenseTier":
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        joined = (join(a, self.lengths, b, other.lengths) for a, b in pairs)
+        return DenseTier(*joined, self.lengths + other.lengths)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "DenseTier":
+        chosen = (x.index_select(0, rows) for x in self.tensors().values())
+        return DenseTier(*chosen, self.lengths[rows.cpu().numpy()])
+
+    def below(self, length: Int[np.ndarray, "b 1"]) -> "DenseTier":
+        """The tokens at positions below `length`; positions ascend within a row."""
+        counted = np.arange(self.positions.shape[2]) < self.lengths[..., None]
+        kept = (counted & (self.positions.cpu().numpy() < length[..., None])).sum(-1)
+        return self.take(np.zeros_like(kept), kept).owned()
+
+    def owned(self) -> "DenseTier":
+        """The same with storage of its own, so that no view keeps a longer tensor alive."""
+        return DenseTier(*(x.clone() for x in self.tensors().values()), self.lengths)
+
+    def attend(self, q: Float[Tensor, "b hq n d"], scale: float) -> Partial:
+        return attend_dense(q, self.k, self.v, torch.from_numpy(self.lengths), scale)
+
+    def decoded(self) -> "DenseTier":
+        return self
+
+
+@dataclass(frozen=True)
+class PackedTier:
+    """Pages of whole blocks, K planes then V planes; `table` says which page holds which block of which row."""
+
+    k: Codec
+    v: Codec
+    d: int
+    dtype: torch.dtype
+    pool: Tensor  # uint8 (pages, page bytes)
+    table: Tensor  # int32 (b, h, blocks), -1 where a row has no such block
+    starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
+    lengths: Lengths
+
+    @staticmethod
+    def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
+        b, h, _, d = like.k.shape
+        page = k.layout(d).nbytes + v.layout(d).nbytes
+        pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
+        table = torch.empty(b, h, 0, dtype=torch.int32, device=like.k.device)
+        return PackedTier(k, v, d, like.k.dtype, pool, table, table, np.zeros((b, h), dtype=np.int64))
+
+    @property
+    def layouts(self) -> tuple[Layout, Layout]:
+        return self.k.layout(self.d), self.v.layout(self.d)
+
+    @property
+    def block(self) -> int:
+        return self.layouts[0].block
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"pool": self.pool, "table": self.table, "starts": self.starts}
+
+    def append(self, tokens: DenseTier) -> "PackedTier":
+        """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block."""
+        count = tokens.lengths // self.block
+        blocks = tokens.k.shape[2] // self.block
+        filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
+        k, v = (x.unflatten(2, (blocks, self.block))[filled] for x in (tokens.k, tokens.v))
+        pages = torch.cat((self.k.encode(k).data, self.v.encode(v).data), -1)
+        tier = self.compacted()
+        ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
+        first = len(tier.pool)
+        ids[filled] = torch.arange(first, first + len(pages), dtype=torch.int32, device=filled.device)
+        starts = tokens.positions[:, :, :: self.block]
+        old = tier.lengths // self.block
+        grown = replace(
+            tier,
+            pool=torch.cat((tier.pool, pages)),
+            table=join(tier.table, old, ids, count),
+            starts=join(tier.starts, old, starts, count),
+            lengths=tier.lengths + tokens.lengths,
+        )
+        return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
+
+    def compacted(self) -> "PackedTier":
+        """Without the pages that no row refers to any more (after beam search or a crop)."""
+        filled = self.filled()
+        used = torch.unique(self.table[filled])
+        if len(used) == len(self.pool):
+            return self
+        renumbered = torch.searchsorted(used, self.table.contiguous()).to(torch.int32)
+        return replace(self, pool=self.pool[used.long()], table=torch.where(filled, renumbered, -1))
+
+    def filled(self) -> Tensor:
+        blocks = np.arange(self.table.shape[2]) * self.block < self.lengths[..., None]
+        return torch.from_numpy(blocks).to(self.table.device)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
+        """Sequences may repeat: their pages are shared, not copied."""
+        table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
+        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()])
+
+    def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
+        """How many tokens of each row lie in blocks that end at or before position `length`."""
+        ends = self.starts.cpu().numpy().astype(np.int64) + self.block
+        return (self.filled().cpu().numpy() & (ends <= length[..., None])).sum(-1) * self.block
+
+    def keep(self, lengths: Lengths) -> "PackedTier":
+        """Only the first `lengths` tokens (whole blocks) of each row; the other pages are freed."""
+        blocks = int(lengths.max(initial=0)) // self.block
+        cut = replace(self, table=self.table[..., :blocks], starts=self.starts[..., :blocks], lengths=lengths)
+        return cut.compacted()
+
+    def pages(self) -> Pages:
+        lengths = torch.from_numpy(self.lengths).to(self.pool.device)
+        recipes = self.k.recipe(self.d), self.v.recipe(self.d)
+        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
+
+    def attend(self, q: Float[Tensor, "b hq n d"], scale: float) -> Partial:
+        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages(), scale)
+        return self.v.unfold_output(out), lse
+
+    def decoded(self) -> DenseTier:
+        """All tokens unpacked to the model's precision: the slow route, and what a crop through a block needs."""
+        split = self.layouts[0].nbytes
+        data = self.pool[self.table.clamp(min=0).long()]
+        k = self.k.decode(Packed(self.layouts[0], data[..., :split])).flatten(2, 3)
+        v = self.v.decode(Packed(self.layouts[1], data[..., split:])).flatten(2, 3)
+        offsets = torch.arange(self.block, dtype=torch.int32, device=self.pool.device)
+        positions = (self.starts[..., None] + offsets).flatten(2, 3)
+        return DenseTier(k.to(self.dtype), v.to(self.dtype), positions, self.lengths)
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """All tokens of one layer, by tier name; attention does not care which tier, or which order, a token is in."""
+
+    dense: dict[str, DenseTier]
+    packed: dict[str, PackedTier]
+
+    def all(self) -> dict[str, DenseTier | PackedTier]:
+        return {**self.dense, **self.packed}
+
+    @property
+    def seen(self) -> Lengths:
+        return sum((tier.lengths for tier in self.all().values()), start=np.zeros((), dtype=np.int64))
+
+    def map(self, change: Callable[[Any], Any]) -> "Tiers":
+        dense = {name: change(tier) for name, tier in self.dense.items()}
+        return Tiers(dense, {name: change(tier) for name, tier in self.packed.items()})

@@ -1,0 +1,326 @@
+"""The transformers host on tiny random models of each family: packed against dense, in every way a user generates."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import tersekv
+from tersekv import CacheError, InputError, ModelError
+from tersekv.hf.cost import head_dim
+
+PROMPT = 300
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(1, 97, (2, PROMPT))
+
+
+def forward(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits
+
+
+def dense(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    return forward(model, DynamicCache(config=model.config), ids, mask)
+
+
+def tolerance(logits: Tensor) -> float:
+    """A few hundred fp32 roundings of the largest logit: what another summation order may change in three layers."""
+    return 500 * torch.finfo(torch.float32).eps * logits.abs().max().item()
+
+
+@pytest.mark.parametrize("route", ["fused", "decoded"])
+def test_exact_pages_are_the_dense_cache(any_model: PreTrainedModel, ids: Tensor, route: str) -> None:
+    """fp32 pages lose nothing: every chunking must give the dense logits."""
+    expected = dense(any_model, ids)
+    with tersekv.attached(any_model, route):
+        for chunks in ([PROMPT], [100, 1, 1, 60, 138]):
+            cache = tersekv.cache(any_model, "none:dtype=fp32")
+            got = torch.cat([forward(any_model, cache, part) for part in ids.split(chunks, 1)], 1)
+            assert (got - expected).abs().max() <= tolerance(expected)
+            assert cache.get_seq_length() == PROMPT
+
+
+@pytest.mark.parametrize("spec", ["terse4", "terse2 prefill=packed", "k=intn:bits=4,axis=channel v=lloydmax:bits=3"])
+def test_three_routes_agree(any_model: PreTrainedModel, ids: Tensor, spec: str) -> None:
+    logits = {}
+    for route in ("fused", "decoded"):
+        cache = tersekv.cache(any_model, spec)
+        with tersekv.attached(any_model, route):
+            logits[route] = torch.cat([forward(any_model, cache, part) for part in ids.split(75, 1)], 1)
+    assert (logits["fused"] - logits["decoded"]).abs().max() <= tolerance(logits["fused"])
+    if "packed" not in spec:
+        cache = tersekv.cache(any_model, spec)
+        with pytest.warns(UserWarning, match="not attached"):
+            plain = torch.cat([forward(any_model, cache, part) for part in ids.split(75, 1)], 1)
+        assert (logits["fused"] - plain).abs().max() <= tolerance(plain)
+
+
+def test_packed_layers_really_lose_something(any_model: PreTrainedModel, ids: Tensor) -> None:
+    """The routes above would also agree if nothing were packed."""
+    with tersekv.attached(any_model):
+        got = forward(any_model, tersekv.cache(any_model, "terse2 prefill=packed"), ids)
+    assert (got - dense(any_model, ids)).abs().max() > 100 * tolerance(got)
+
+
+def test_left_padded_batch(any_model: PreTrainedModel, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, :77] = 0
+    alone = dense(any_model, ids[1:, 77:])
+    with tersekv.attached(any_model):
+        cache = tersekv.cache(any_model, "none:dtype=fp32")
+        parts = []
+        for start, stop in ((0, 50), (50, 130), (130, 131), (131, PROMPT)):  # padding spans two chunks
+            parts.append(forward(any_model, cache, ids[:, start:stop], mask[:, :stop]))
+        got = torch.cat(parts, 1)
+    assert (got[0] - dense(any_model, ids[:1])[0]).abs().max() <= tolerance(got)
+    # positions are the host's: without position_ids it counts padding too, which RoPE does not mind
+    assert (got[1, 77:] - alone[0]).abs().max() <= 4 * tolerance(got)
+
+
+def generate(
+    model: PreTrainedModel, ids: Tensor, cache: tersekv.PackedCache | None = None, **options: object
+) -> Tensor:
+    torch.manual_seed(3)
+    settings = {"max_new_tokens": 20, "do_sample": False, **options}
+    if cache is None:
+        return model.generate(ids, **settings)
+    with tersekv.attached(model):
+        return model.generate(ids, past_key_values=cache, **settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}],
+)
+def test_generate_greedy_sampled_and_beams(any_model: PreTrainedModel, ids: Tensor, options: dict[str, object]) -> None:
+    cache = tersekv.cache(any_model, "none:dtype=fp32")
+    assert torch.equal(generate(any_model, ids, cache, **options), generate(any_model, ids, **options))
+
+
+def test_generate_with_left_padding(any_model: PreTrainedModel, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, :77] = 0
+    options = {"attention_mask": mask}
+    cache = tersekv.cache(any_model, "none:dtype=fp32")
+    assert torch.equal(generate(any_model, ids, cache, **options), generate(any_model, ids, **options))
+
+
+def test_greedy_tokens_are_the_same_on_both_routes(any_model: PreTrainedModel, ids: Tensor) -> None:
+    texts = []  # a block becomes due after 24 of the new tokens
+    for route in ("fused", "decoded"):
+        with tersekv.attached(any_model, route):
+            cache = tersekv.cache(any_model, "terse3")
+            texts.append(any_model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False))
+    assert torch.equal(*texts)
+
+
+def test_a_second_turn_continues_the_first(any_model: PreTrainedModel, ids: Tensor) -> None:
+    cache = tersekv.cache(any_model, "none:dtype=fp32")
+    first = generate(any_model, ids[:1], cache)
+    second = torch.cat((first, torch.randint(1, 97, (1, 30))), 1)
+    assert torch.equal(generate(any_model, second, cache), generate(any_model, second))
+
+
+def test_crop_and_continue(llama: PreTrainedModel, ids: Tensor) -> None:
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "none:dtype=fp32")
+        forward(llama, cache, ids)
+        cache.crop(-120)
+        assert cache.get_seq_length() == PROMPT - 120
+        other = torch.cat((ids[:, : PROMPT - 120], torch.randint(1, 97, (2, 50))), 1)
+        got = forward(llama, cache, other[:, -50:])
+    expected = dense(llama, other)[:, -50:]
+    assert (got - expected).abs().max() <= tolerance(expected)
+    with pytest.raises(InputError, match="negative"):
+        cache.crop(5)
+
+
+def test_a_copy_goes_its_own_way(any_model: PreTrainedModel, ids: Tensor) -> None:
+    more = ids[:, :9]
+    with tersekv.attached(any_model):
+        cache = tersekv.cache(any_model, "terse3")
+        forward(any_model, cache, ids)
+        fork = cache.copy()
+        first = forward(any_model, fork, more)
+        forward(any_model, fork, ids[:, :80])
+        assert torch.equal(forward(any_model, cache, more), first)
+    assert (cache.get_seq_length(), fork.get_seq_length()) == (PROMPT + 9, PROMPT + 89)
+
+
+def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedModel, ids: Tensor) -> None:
+    with tersekv.attached(any_model):
+        cache = tersekv.cache(any_model, "terse3")
+        assert cache.report().held == 0
+        forward(any_model, cache, ids)
+    report = cache.report()
+    text = str(report)
+    assert [layer.index for layer in report.layers] == [0, 1, 2]
+    windows = [layer.kind for layer in report.layers if "sliding window of 32" in layer.kind]
+    assert len(windows) == (2 if any_model.config.model_type == "gemma3_text" else 0)
+    assert ("sliding window" in text) == bool(windows)
+    for layer in report.layers:
+        if layer.tiers:
+            assert layer.held == sum(sum(planes.values()) for planes in layer.tiers.values()) < layer.dense
+            heads, d = any_model.config.num_key_value_heads, head_dim(any_model.config)
+            assert layer.dense == 2 * 2 * heads * PROMPT * d * 4
+    assert report.ratio == report.as_dict()["ratio"] > 1
+
+
+def test_attached_restores_the_model(llama: PreTrainedModel) -> None:
+    before = llama.config._attn_implementation
+    with pytest.raises(RuntimeError, match="inside"), tersekv.attached(llama):
+        assert llama.config._attn_implementation == "tersekv"
+        raise RuntimeError("inside")
+    assert llama.config._attn_implementation == before
+    with pytest.raises(InputError, match='Did you mean "fused"'), tersekv.attached(llama, "fuse"):
+        pass
+
+
+def test_dense_cache_works_while_attached(any_model: PreTrainedModel, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, :77] = 0
+    expected = dense(any_model, ids, mask)
+    with tersekv.attached(any_model):
+        got = dense(any_model, ids, mask)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1, 77:], expected[1, 77:])
+
+
+def lengths(cache: tersekv.PackedCache) -> list[int]:
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+@pytest.mark.parametrize(("projection", "side"), [("k_proj", "keys"), ("v_proj", "values")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_nan_names_layer_and_position_and_changes_nothing(
+    family_model: PreTrainedModel, ids: Tensor, projection: str, side: str, value: float, is_attached: bool
+) -> None:
+    """The broken layer comes after others that have stored their tokens: those are rolled back."""
+    model = family_model
+    with warnings.catch_warnings(), tersekv.attached(model):
+        cache = tersekv.cache(model, "terse3")
+        forward(model, cache, ids[:, :200])
+        bad = ids[:, 200:].clone()
+        bad[1, 7] = 96
+        broken = [i for i, layer in enumerate(cache.layers) if type(layer).__name__ == "PackedLayer"][-1]
+        layer = model.model.layers[broken].self_attn
+        hook = getattr(layer, projection).register_forward_hook(
+            lambda m, i, o: o.clone().index_fill_(1, torch.tensor(7), value)
+        )
+        states = [vars(x).copy() for x in cache.layers]
+        try:
+            with pytest.raises(InputError, match=f"Layer {broken}: {side} hold .*position 207"):
+                forward(model, cache, bad)
+        finally:
+            hook.remove()
+        assert lengths(cache) == [200] * 3
+        for layer_state, x in zip(states, cache.layers, strict=True):
+            if "keys" in layer_state and layer_state["keys"] is not None:
+                assert torch.equal(layer_state["keys"], x.keys)
+        expected = forward(model, cache.copy(), ids[:, 200:])
+        assert torch.isfinite(expected).all()
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return make_model(request.param)
+
+
+def test_an_interrupted_pass_is_noticed_and_rolled_back(llama: PreTrainedModel, ids: Tensor) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3")
+        forward(llama, cache, ids[:, :200])
+        expected = forward(llama, cache.copy(), ids[:, 200:])
+        hook = llama.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            forward(llama, cache, ids[:, 200:])
+        hook.remove()
+        assert lengths(cache) == [300, 300, 200]
+        with pytest.raises(CacheError, match=r"stopped after layer 1.*rollback"):
+            forward(llama, cache, ids[:, 200:])
+        cache.rollback()
+        assert lengths(cache) == [200] * 3
+        assert torch.equal(forward(llama, cache, ids[:, 200:]), expected)
+
+
+def test_mismatched_input_is_refused(llama: PreTrainedModel, ids: Tensor) -> None:
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3")
+        forward(llama, cache, ids)
+        with pytest.raises(InputError, match="holds sequences 2, but was given 1"):
+            forward(llama, cache, ids[:1])
+        x = torch.zeros(2, 2, 1, 32)
+        for bad, said in ((x.double(), "dtype"), (x[..., :16], "head dim"), (x[:, :1], "KV heads")):
+            with pytest.raises(InputError, match=said):
+                cache.update(bad, bad, 0)
+        with pytest.raises(InputError, match="device"):
+            cache.layers[0].update(x.to("meta"), x.to("meta"))
+        assert lengths(cache) == [PROMPT] * 3
+
+
+def test_masks_that_packed_attention_cannot_compute(llama: PreTrainedModel, ids: Tensor) -> None:
+    right, other = torch.ones_like(ids), torch.ones_like(ids)
+    right[0, -5:] = 0
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3")
+        with pytest.raises(InputError, match="left padding"):
+            forward(llama, cache, ids, right)
+        with pytest.raises(InputError, match="custom attention mask"):
+            forward(llama, cache, ids, torch.ones(2, 1, PROMPT, PROMPT, dtype=torch.bool))
+        assert lengths(cache) == [0] * 3
+        other[1, :10] = 0
+        forward(llama, cache, ids, other)
+        with pytest.raises(InputError, match=r"\[300, 300\] stored tokens, but the cache holds \[300, 290\]"):
+            forward(llama, cache, ids[:, :3], torch.ones(2, PROMPT + 3, dtype=torch.long))
+        assert lengths(cache) == [PROMPT] * 3
+
+
+def test_context_limit(llama: PreTrainedModel) -> None:
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3")
+        forward(llama, cache, torch.ones(1, 1024, dtype=torch.long))
+        with pytest.raises(InputError, match="1025 tokens are more than this model's context of 1024"):
+            forward(llama, cache, torch.ones(1, 1, dtype=torch.long))
+        assert lengths(cache) == [1024] * 3
+
+
+def test_models_without_a_cache_to_pack() -> None:
+    from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    models = [
+        BertModel(BertConfig(**small, num_attention_heads=2, intermediate_size=32)),
+        MambaForCausalLM(MambaConfig(**small, state_size=4)),
+        T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)),
+    ]
+    for model in models:
+        with pytest.raises(ModelError):
+            tersekv.cache(model, "terse4")
+
+
+def test_reset_makes_it_new(llama: PreTrainedModel, ids: Tensor) -> None:
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3")
+        first = forward(llama, cache, ids)
+        cache.reset()
+        assert cache.report().held == 0
+        assert torch.equal(forward(llama, cache, ids), first)
+
+
+def test_slots_of_padded_chunks() -> None:
+    from tersekv.hf.layer import Slots
+
+    slots = Slots().grown(10, np.array([0, 4])).grown(5, np.array([0, 0])).grown(6, np.array([2, 0]))
+    assert slots.real(21, 2).tolist() == [19, 17]
+    assert slots.real(16, 2).tolist() == [15, 12]
+    assert slots.cut(3).real(3, 2).tolist() == [3, 0]
+    assert slots.select(np.array([1, 1, 0])).real(21, 3).tolist() == [17, 17, 19]

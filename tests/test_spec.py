@@ -1,0 +1,91 @@
+"""Specs parse and print as inverses, and errors say what to do."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tersekv import SpecError, parse
+from tersekv.codecs.intn import IntN
+from tersekv.codecs.lloydmax import LloydMax
+from tersekv.codecs.none import NoneCodec
+from tersekv.codecs.rotated import Rotated
+from tersekv.policy.window import Window
+from tersekv.spec import PRESETS, Spec
+
+ANY_CODEC = st.one_of(
+    st.builds(NoneCodec, st.sampled_from(["bf16", "fp16", "fp32"])),
+    st.builds(
+        IntN, st.integers(2, 8), st.sampled_from(["token", "channel"]), st.sampled_from([0, 16, 32]), st.booleans()
+    ),
+    st.builds(LloydMax, st.integers(1, 8), st.sampled_from(["fp16", "fp32"])),
+    st.builds(
+        Rotated,
+        st.integers(1, 8),
+        st.sampled_from(["block", "none"]),
+        st.sampled_from(["unbiased", "norm"]),
+        st.sampled_from(["log8", "fp16"]),
+        st.integers(0, 9),
+    ),
+)
+ANY_SPEC = st.builds(
+    Spec,
+    ANY_CODEC,
+    ANY_CODEC,
+    st.builds(Window, st.integers(0, 99), st.integers(0, 999)),
+    st.sampled_from(["exact", "packed"]),
+)
+
+
+@given(ANY_SPEC)
+def test_parse_is_the_inverse_of_print(spec: Spec) -> None:
+    assert parse(str(spec)) == spec
+    assert str(parse(str(spec))) == str(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("rotated:bits=3", "rotated:bits=3"),
+        ("k=rotated:bits=3 v=rotated:bits=3", "rotated:bits=3"),
+        ("k=rotated:bits=3,mean=block v=rotated:bits=3,mean=none", "rotated:bits=3"),
+        ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
+        ("terse4 recent=128", "rotated:bits=4 recent=128"),
+        ("terse4 v=none sink=4", "k=rotated:bits=4 v=none"),
+        ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
+    ],
+)
+def test_canonical_text(text: str, canonical: str) -> None:
+    assert str(parse(text)) == canonical
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_parse(name: str) -> None:
+    assert parse(name).k.layout(128).bits_per_value < 9
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("kivvi", 'Unknown codec or preset "kivvi"'),
+        ("rotatd:bits=3", 'Did you mean "rotated"'),
+        ("terse5", "Did you mean"),
+        ("rotated:bit=3", 'no option "bit". Did you mean "bits"'),
+        ("rotated:bits=9", "bits=9 is out of range. Allowed: 1 to 8"),
+        ("intn:bits=1", "Allowed: 2 to 8"),
+        ("rotated:bits=three", "a whole number is needed"),
+        ("rotated:bits=", "a whole number is needed"),
+        ("intn:symmetric=maybe", "yes or no is needed"),
+        ("intn:axis=tokens", 'Did you mean "token"'),
+        ("intn:axis=channel,group=48", "group=48 does not divide a block"),
+        ("k=terse4", 'Unknown codec or preset "terse4"'),
+        ("k=rotated:bits=4", "names no codec for v"),
+        ("terse4 resent=3", 'Unknown setting "resent". Did you mean "recent"'),
+        ("terse4 sink=-1", "sink=-1 is negative"),
+        ("terse4 prefill=fast", "prefill=fast is unknown"),
+    ],
+)
+def test_bad_specs_say_what_to_do(text: str, said: str) -> None:
+    with pytest.raises(SpecError) as error:
+        parse(text)
+    assert said in str(error.value)
