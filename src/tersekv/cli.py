@@ -1,0 +1,199 @@
+"""The command line. Each verb imports what it needs when it runs, so `--help` loads neither torch nor transformers."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from tersekv import __version__
+from tersekv.errors import TersekvError
+from tersekv.terminal import Stages
+
+app = App(name="tersekv", help="The KV cache of language models in 1 to 8 bits.", version=__version__)
+bench = App(name="bench", help="Measure speed: parity first, then medians of interleaved runs.")
+app.command(bench)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
+DEFAULT_MODEL = "smollm2"
+
+
+def show(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=1))
+    else:
+        Console().print(result)
+
+
+@app.command(name="try")
+def try_(
+    *words: str,
+    model: str = DEFAULT_MODEL,
+    prompt: str | None = None,
+    file: Path | None = None,
+    max_new_tokens: int = 48,
+    dtype: str = "auto",
+    device: str = "cpu",
+    json: Json = False,
+) -> None:
+    """Generate with the dense cache and with packed ones, and show what each costs.
+
+    Parameters
+    ----------
+    words
+        Specs such as terse4 or "k=rotated:bits=4 v=rotated:bits=2", and at the end a prompt. Default: terse4 and
+        a prompt of some 2,000 tokens from this project's documents.
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
+    prompt
+        The prompt, if it could be taken for a spec.
+    file
+        A text file to use as the prompt.
+    max_new_tokens
+        Tokens to generate at most.
+    dtype
+        bfloat16, float16, float32, or auto: bfloat16 where the device computes in it, float32 elsewhere.
+    device
+        cpu or cuda.
+    """
+    from tersekv.errors import InputError
+    from tersekv.models import load
+    from tersekv.trial import run, split_words
+
+    specs, last = split_words(words)
+    if file is not None:
+        try:
+            last = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--file {file} cannot be read as text: {error}.") from error
+    with Stages() as stages:
+        result = run(load(model, _dtype(dtype, device), stages, device), specs, prompt or last, max_new_tokens, stages)
+    show(result, json)
+
+
+def _dtype(name: str, device: str) -> str:
+    from tersekv.doctor import best_dtype
+
+    return best_dtype(device) if name == "auto" else name
+
+
+@app.command(name="list")
+def list_(*, json: Json = False) -> None:
+    """Every codec with its options, and every preset."""
+    from tersekv.describe import listing
+
+    show(listing(), json)
+
+
+@app.command
+def info(
+    spec: str = "terse4",
+    *,
+    head_dim: int | None = None,
+    model: str | None = None,
+    context: int | None = None,
+    json: Json = False,
+) -> None:
+    """Planes, bits a value and bytes a token of a spec, with a picture of its page.
+
+    Parameters
+    ----------
+    spec
+        A preset or spec.
+    head_dim
+        Default: the model's, or 128.
+    model
+        Also show what a context costs on this model, dense and packed.
+    context
+        Tokens of that context. Default: the model's limit, at most 32,768.
+    """
+    from tersekv.describe import info as describe
+
+    with Stages() as stages:
+        result = describe(spec, head_dim, model, context, stages)
+    show(result, json)
+
+
+@app.command
+def doctor(*, json: Json = False) -> None:
+    """Versions, devices, which implementation runs, and why another cannot."""
+    from tersekv.doctor import diagnose
+
+    show(diagnose(), json)
+
+
+@app.command(name="eval")
+def eval_(
+    run: Path,
+    *,
+    text: str | None = None,
+    model: str | None = None,
+    tokens: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Measure bytes, KL, top-1 agreement and perplexity of specs beside the dense cache, on one text.
+
+    Parameters
+    ----------
+    run
+        A TOML run file, see runs/.
+    text
+        The text to use, if not the run file's.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.eval.run import Result, read_run
+    from tersekv.eval.run import run as measure
+    from tersekv.record import write
+
+    settings = read_run(run, text=text, model=model, tokens=tokens, dtype=dtype, device=device)
+    with Stages() as stages:
+        result = Result(measure(settings, stages))
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
+
+
+@bench.command(name="encode")
+def bench_encode(
+    *, bits: int = 3, d: int = 128, vectors: int = 131_072, out: Path | None = None, json: Json = False
+) -> None:
+    """Vectors a second of the NumPy and torch encoders.
+
+    Parameters
+    ----------
+    bits
+        Bits of a code.
+    d
+        Head dim.
+    vectors
+        How many fp32 vectors to encode in each round.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench import encode
+    from tersekv.record import write
+
+    with Stages() as stages:
+        result = encode(bits, d, vectors, stages)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. An error of ours is one line on standard error and exit status 2; Ctrl-C is 130."""
+    try:
+        app(arguments)
+    except TersekvError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        Console(stderr=True, markup=False, highlight=False).print(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)

@@ -1,0 +1,135 @@
+"""`tersekv list` and `tersekv info`: what there is, what a page looks like, what a context costs."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from tersekv.layout import Layout
+from tersekv.spec import PRESETS, Spec, codec_class, codecs, parse
+from tersekv.terminal import bytes_text
+
+PICTURE_WIDTH = 64
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every codec with its options and their defaults, and every preset."""
+
+    codecs: list[dict[str, Any]]
+    presets: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Group:
+        methods = Table("codec", "what it is", "options (default)", title="codecs: k=NAME:option=value,... v=...")
+        for row in self.codecs:
+            methods.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
+        presets = Table("preset", "stands for", title="presets (provisional: chosen by the records in results/)")
+        for name, text in self.presets.items():
+            presets.add_row(name, text)
+        return Group(methods, presets)
+
+
+def listing() -> Listing:
+    rows = []
+    for name in sorted(codecs()):
+        cls = codec_class(name)
+        module = __import__(cls.__module__, fromlist=["__doc__"])
+        summary = (module.__doc__ or cls.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+        options = {f.name: getattr(cls(), f.name) for f in fields(cls)}
+        rows.append({"name": name, "summary": summary, "options": options})
+    return Listing(rows, PRESETS)
+
+
+@dataclass(frozen=True)
+class Info:
+    """A spec at one head dim: its planes, and for a model what `context` tokens cost."""
+
+    spec: Spec
+    head_dim: int
+    model: dict[str, Any] | None = None
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return {"k": self.spec.k.layout(self.head_dim), "v": self.spec.v.layout(self.head_dim)}
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(layout.nbytes for layout in self.layouts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        planes = [asdict(p) | {"side": s, "bytes": p.nbytes} for s, x in self.layouts.items() for p in x.planes]
+        block = self.layouts["k"].block
+        return {
+            "spec": str(self.spec),
+            "head_dim": self.head_dim,
+            "block": block,
+            "page_bytes": self.page_bytes,
+            "bytes_per_token": self.page_bytes / block,
+            "nominal_bits": {side: layout.nominal_bits for side, layout in self.layouts.items()},
+            "bits_per_value": {side: layout.bits_per_value for side, layout in self.layouts.items()},
+            "planes": planes,
+            "model": self.model,
+        }
+
+    def __rich__(self) -> Group:
+        block = self.layouts["k"].block
+        head = (
+            f"{self.spec} at head dim {self.head_dim}: a page of {block} tokens is {self.page_bytes:,} bytes, "
+            f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})"
+        )
+        parts = [head, self._planes(), self._picture()]
+        return Group(*parts, *([self._cost(self.model)] if self.model else []))
+
+    def _planes(self) -> Table:
+        table = Table("side", "plane", "rows x cols", "kind", "bytes", "bits a value", title="planes of a page")
+        for side, layout in self.layouts.items():
+            values = layout.block * layout.d
+            for plane in layout.planes:
+                kind = f"{plane.bits}-bit codes" if plane.kind == "code" else plane.kind
+                shape = f"{plane.rows} x {plane.cols}"
+                table.add_row(side, plane.name, shape, kind, f"{plane.nbytes:,}", f"{8 * plane.nbytes / values:.3f}")
+            padding = layout.nbytes - sum(p.nbytes for p in layout.planes)
+            table.add_row(side, "padding", "", "", f"{padding:,}", f"{8 * padding / values:.3f}")
+            table.add_row(
+                side, "all", "", f"nominal {layout.nominal_bits}", f"{layout.nbytes:,}", f"{layout.bits_per_value:.3f}"
+            )
+        return table
+
+    def _picture(self) -> Text:
+        """The page as it lies in memory, one letter for every 1/64 of its bytes, at least one a plane."""
+        bar, legend = Text("\n|"), Text("\n")
+        planes = [(side, p) for side, layout in self.layouts.items() for p in layout.planes]
+        for number, (side, plane) in enumerate(planes):
+            letter, colour = chr(ord("A") + number), COLOURS[number % len(COLOURS)]
+            bar.append(letter * max(1, round(PICTURE_WIDTH * plane.stride / self.page_bytes)), style=colour)
+            legend.append(f"  {letter} {side}.{plane.name}", style=colour)
+        return bar.append("|") + legend
+
+    def _cost(self, model: dict[str, Any]) -> Table:
+        table = Table("", "layers", "dense", "packed", "ratio", title=f"{model['name']}, {model['context']:,} tokens")
+        dense, packed, window = model["dense"], model["packed"], model["window"]
+        table.add_row(
+            "packed layers", f"{model['packed_layers']}", bytes_text(dense), bytes_text(packed), f"{dense / packed:.2f}"
+        )
+        table.add_row("other layers", f"{model['other_layers']}", bytes_text(window), bytes_text(window), "1.00")
+        total = dense + window, packed + window
+        table.add_row("all", "", *map(bytes_text, total), f"{total[0] / total[1]:.2f}")
+        return table
+
+
+def info(spec: str, head_dim: int | None, model: str | None, context: int | None, progress: Any = None) -> Info:
+    """Raises SpecError or ModelError. With a model its head dim and context limit are the defaults."""
+    parsed = parse(spec)
+    if model is None:
+        return Info(parsed, head_dim or 128)
+    from tersekv.hf.cost import model_cost
+    from tersekv.models import config
+
+    costs = model_cost(config(model, progress), parsed, context)
+    return Info(parsed, head_dim or costs["head_dim"], {"name": model} | costs)

@@ -1,0 +1,1 @@
+"""Measuring quality: what a packed cache changes in what the model says."""

@@ -1,0 +1,99 @@
+"""Generated blocks of README and docs: `python -m tersekv.pages` writes them, `--check` exits 1 if stale.
+
+A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
+its caption alone (`results/smollm2.json#caption`), or a table of the registry: codecs, presets or bytes.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Column, Table
+
+from tersekv.bench import EncodeBench
+from tersekv.describe import Info, listing
+from tersekv.errors import InputError, did_you_mean
+from tersekv.eval.run import Result
+from tersekv.figures import caption, is_fresh, svg
+from tersekv.spec import parse
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
+FIGURES = {"docs/images/smollm2.svg": "results/smollm2.json"}
+
+
+def markdown(table: Table) -> str:
+    """A rich table as Markdown, so that what the terminal and the pages show is written once."""
+    columns = [[c.header, "---:" if c.justify == "right" else "---", *c.cells] for c in table.columns]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in zip(*columns, strict=True))
+
+
+def bytes_table() -> Table:
+    """What packed tokens cost with each codec; sinks, recent tokens and page tables come on top."""
+    options = {row["name"]: row["options"] for row in listing().codecs}
+    specs = [f"{name}:bits={bits}" for name in options if "bits" in options[name] for bits in (8, 4, 3, 2)]
+    heads = [f"d={d}: {what}" for d in (64, 128) for what in ("bits K, V", "bytes a token", "ratio")]
+    table = Table("spec", *(Column(head, justify="right") for head in heads))
+    for spec in ["none", *specs, "k=rotated:bits=4 v=rotated:bits=2"]:
+        table.add_row(spec, *(cell for d in (64, 128) for cell in _costs(spec, d)))
+    return table
+
+
+def _costs(spec: str, d: int) -> tuple[str, ...]:
+    facts = Info(parse(spec), d).as_dict()
+    bits, held = facts["bits_per_value"], facts["bytes_per_token"]
+    return f"{bits['k']:.3f}, {bits['v']:.3f}", f"{held:.2f}", f"{4 * d / held:.2f}"
+
+
+def _table(record: dict[str, Any]) -> Table:
+    if "run" in record:
+        return Result(record).__rich__()
+    return EncodeBench(**{f.name: record[f.name] for f in fields(EncodeBench)}).__rich__()
+
+
+def content(source: str, root: Path) -> str:
+    """The text of a block. Raises InputError for a source that does not exist."""
+    codecs, presets = listing().__rich__().renderables
+    tables = {"codecs": lambda: codecs, "presets": lambda: presets, "bytes": bytes_table}
+    if source in tables:
+        return markdown(tables[source]())
+    name, _, part = source.partition("#")
+    if not name.startswith("results/") or part not in ("", "caption"):
+        raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#caption].')
+    if not (root / name).is_file():
+        return "Not measured yet."
+    record = json.loads((root / name).read_text())
+    return caption(record) if part else f"{markdown(_table(record))}\n\n{caption(record)}"
+
+
+def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:
+    """Every page and picture that is not what records and registry say, and what makes it so."""
+    found: dict[Path, Callable[[], bytes]] = {}
+    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        fresh = BLOCK.sub(lambda block: f"{block[1]}{content(block[2], root)}\n", text)
+        if fresh != text:
+            found[page] = fresh.encode
+    for picture, name in FIGURES.items():
+        if (root / name).is_file() and not is_fresh(root / picture, root / name):
+            found[root / picture] = partial(svg, root / name)
+    return found
+
+
+def main(check: bool, root: Path = ROOT) -> int:
+    """Name what is stale and, unless this is a check, write it; the exit status."""
+    for path, make in (stale := outdated(root)).items():
+        print(f"{'stale' if check else 'written'}: {path}")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make())
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

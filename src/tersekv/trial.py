@@ -1,0 +1,210 @@
+"""`tersekv try`: the same prompt with the dense cache and with packed ones, side by side."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from tersekv.errors import InputError, SpecError
+from tersekv.eval.logits import Arm, Divergence, arms
+from tersekv.hf import PackedCache, attached
+from tersekv.models import LoadedModel
+from tersekv.spec import PRESETS, Spec, codecs, parse
+from tersekv.terminal import Stages, bytes_text
+
+PROMPT_TOKENS = 2000
+QUESTION = (
+    "These are the documents of a software project.\n\n{text}\n\nExplain in a few sentences what the project does."
+)
+
+
+@dataclass
+class Row:
+    """One cache: what it generated, what it held at the end, and how far it is from the dense cache."""
+
+    spec: str
+    text: str
+    tokens: int
+    held: int
+    dense: int
+    ratio: float
+    prefill_seconds: float
+    tokens_per_second: float
+    kl: float = 0.0
+    top1: float = 1.0
+
+
+@dataclass
+class Trial:
+    """What `tersekv try` shows; `as_dict` is its JSON."""
+
+    model: str
+    source: str
+    dtype: str
+    prompt_tokens: int
+    rows: list[Row]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Group:
+        texts = [Panel(Text(row.text.strip() or "(nothing)"), title=row.spec, title_align="left") for row in self.rows]
+        return Group(*texts, self._table())
+
+    def _table(self) -> Table:
+        title = f"{self.model} ({self.source}), {self.dtype}, prompt of {self.prompt_tokens:,} tokens"
+        caption = (
+            "held: every tensor of the cache after the last token, sinks, recent tokens, tables and padding included. "
+            "KL and top-1: next-token distribution against the dense cache, teacher-forced on the dense text."
+        )
+        table = Table(title=title, caption=caption)
+        head = ("cache", "tokens in cache", "held", "dense", "ratio", "KL", "top-1", "prefill s", "tokens/s")
+        for number, name in enumerate(head):
+            table.add_column(name, justify="right" if number else "left")
+        for row in self.rows:
+            cells = (
+                row.spec,
+                f"{row.tokens:,}",
+                bytes_text(row.held),
+                bytes_text(row.dense),
+                f"{row.ratio:.2f}",
+                f"{row.kl:.4f}",
+                f"{100 * row.top1:.0f} %",
+                f"{row.prefill_seconds:.1f}",
+                f"{row.tokens_per_second:.1f}",
+            )
+            table.add_row(*cells)
+        return table
+
+
+def split_words(words: Sequence[str]) -> tuple[list[Spec], str | None]:
+    """The specs among the words of the command line, and the prompt if the last word is one.
+
+    Raises SpecError for a word that is neither a spec nor, by its spaces, a prompt.
+    """
+    specs, prompt = [], None
+    for number, word in enumerate(words):
+        name = word.split(":")[0].split("=")[0].split()[0] if word.split() else ""
+        if name in (*codecs(), *PRESETS, "k", "v"):
+            specs.append(parse(word))
+        elif " " in word and number == len(words) - 1:
+            prompt = word
+        else:
+            try:
+                parse(word)
+            except SpecError as error:
+                raise SpecError(f"{error} A prompt of one word needs --prompt.") from None
+    return specs or [parse("terse4")], prompt
+
+
+def project_text() -> str:
+    """README and docs of this project, from the installed package or from the checkout around it."""
+    packaged = files("tersekv") / "_docs"
+    folder = Path(str(packaged)) if packaged.is_dir() else Path(__file__).parents[2] / "docs"
+    readme = folder / "README.md" if packaged.is_dir() else folder.parent / "README.md"
+    pages = [readme, *sorted(page for page in folder.glob("*.md") if page != readme)]
+    return "\n\n".join(page.read_text(encoding="utf-8") for page in pages if page.is_file())
+
+
+def prompt_ids(tokenizer: Any, prompt: str | None) -> Tensor:
+    """Token ids (1, t) of the prompt in the model's chat form, or of the project's documents cut to 2,000 tokens."""
+    if prompt is None:
+        ids = tokenizer(project_text(), add_special_tokens=False).input_ids[: PROMPT_TOKENS - 40]
+        prompt = QUESTION.format(text=tokenizer.decode(ids))
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def run(loaded: LoadedModel, specs: list[Spec], prompt: str | None, new_tokens: int, stages: Stages) -> Trial:
+    """Generate greedily with every cache, then score each packed one on the dense text."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = prompt_ids(tokenizer, prompt).to(model.device)
+    if ids.shape[1] == 0 or new_tokens < 1:
+        raise InputError(
+            "The prompt is empty or no new tokens are asked for. Give text and --max-new-tokens 1 or more."
+        )
+    dense, *packed = arms(model, specs)
+    row, _, words, logits = _generate(loaded, dense, ids, new_tokens, stages)
+    rows = [row]
+    for arm in packed:
+        row, fork, _, _ = _generate(loaded, arm, ids, new_tokens, stages)
+        scores = _score(model, fork, words, logits)
+        row.kl, row.top1 = scores["kl_mean"], scores["top1"]
+        rows.append(row)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Trial(loaded.name, loaded.source, dtype, ids.shape[1], rows)
+
+
+def _generate(
+    loaded: LoadedModel, arm: Arm, ids: Tensor, count: int, stages: Stages
+) -> tuple[Row, "_Fork", list[int], Tensor]:
+    """The arm's row, its state after the prefill, and its greedy tokens with the logits they were chosen from."""
+    model, name = loaded.model, "dense" if arm.spec is None else str(arm.spec)
+    with attached(model) if arm.spec else nullcontext():
+        stages(f"{name}: prefill of {ids.shape[1]:,} tokens")
+        first, prefill = _timed(model, ids, arm.cache)
+        fork = _Fork(arm.cache.copy("packed") if isinstance(arm.cache, PackedCache) else arm.cache, first)
+        tokens, logits, seconds = _greedy(model, arm.cache, first, count, lambda s: stages(f"{name}: decode", s))
+    text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    speed = (len(tokens) - 1) / seconds if seconds else 0.0
+    row = Row(name, text, arm.cache.get_seq_length(), **arm.bytes(), prefill_seconds=prefill, tokens_per_second=speed)
+    return row, fork, tokens, logits
+
+
+@dataclass
+class _Fork:
+    """A cache as it was after the prefill, and the logits of the next token."""
+
+    cache: Cache
+    first: Tensor
+
+
+@torch.inference_mode()
+def _score(model: PreTrainedModel, fork: _Fork, tokens: list[int], logits: Tensor) -> dict[str, float]:
+    """Divergence from the dense logits on the dense tokens, each of which sees what decoding would show it."""
+    divergence, ids = Divergence(), torch.tensor([tokens], device=model.device)
+    said = [fork.first]
+    if len(tokens) > 1:
+        with attached(model):
+            said.append(model(input_ids=ids[:, :-1], past_key_values=fork.cache).logits[0].float())
+    divergence.add(logits, torch.cat(said), ids[0])
+    return divergence.summary()
+
+
+@torch.inference_mode()
+def _timed(model: PreTrainedModel, ids: Tensor, cache: Cache) -> tuple[Tensor, float]:
+    """Logits of the last token (1, vocab) and the seconds that the forward pass took."""
+    began = perf_counter()
+    logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+    logits.sum().item()  # waits for an accelerator
+    return logits, perf_counter() - began
+
+
+def _greedy(
+    model: PreTrainedModel, cache: Cache, logits: Tensor, count: int, progress: Any
+) -> tuple[list[int], Tensor, float]:
+    """Greedy continuation: token ids, the logits (n, vocab) each was chosen from, and seconds spent decoding."""
+    ends = model.generation_config.eos_token_id
+    stop = set(ends if isinstance(ends, list) else [ends])
+    tokens, scores, seconds = [int(logits.argmax())], [logits], 0.0
+    while len(tokens) < count and tokens[-1] not in stop:
+        logits, spent = _timed(model, torch.tensor([[tokens[-1]]], device=model.device), cache)
+        tokens.append(int(logits.argmax()))
+        scores.append(logits)
+        seconds += spent
+        progress(len(tokens) / count)
+    return tokens, torch.cat(scores), seconds

@@ -1,0 +1,201 @@
+"""README and docs: blocks and pictures are fresh, links lead somewhere, and the code in them runs."""
+
+import json
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tersekv import InputError, parse
+from tersekv.eval.run import read_run
+from tersekv.figures import caption, family_and_label, is_fresh
+from tersekv.pages import FIGURES, ROOT, main, outdated
+from tersekv.spec import codecs
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """The code blocks of one language in a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def reader(llama: LlamaForCausalLM) -> dict[str, Any]:
+    """The names that a reader of the README has: a model, its tokenizer and a text."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "world": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    names = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", model_input_names=names)
+    return {"model": llama, "tokenizer": tokenizer, "text": "hello world " * 100}
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    """A record as `tersekv eval` writes it, with invented numbers."""
+    rows = []
+    for spec, held, kl in (("dense", 1000, 0.0), ("rotated:bits=3 prefill=packed", 230, 0.013)):
+        sizes = {"nominal_bits": 3.0, "body_bits": 3.2, "held": held, "dense": 1000, "ratio": 1000 / held}
+        quality = {
+            "kl_mean": kl,
+            "kl_standard_error": kl / 20,
+            "kl_p99": 9 * kl,
+            "kl_max": 20 * kl,
+            "top1": 1 - kl,
+        }
+        rows.append({"spec": spec} | sizes | quality | {"perplexity": 20.0, "positions": 3967, "seconds": 1.0})
+    run = {"model": "tiny", "text": "wiki.test.raw", "specs": [], "tokens": 4096, "dtype": "bfloat16"}
+    made = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "x86_64", "date": "2025-01-01"}
+    return {"run": run, "model": {"source": "random"}, "implementation": "reference", "rows": rows} | made
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The pages without the records."""
+    for page in PAGES:
+        target = tmp_path / page.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, target)
+    return tmp_path
+
+
+def test_blocks_and_pictures_are_fresh() -> None:
+    assert [str(path) for path in outdated()] == [], "run `python -m tersekv.pages`"
+
+
+def test_a_stale_block_is_noticed_and_written(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(check=False, root=copied)
+    assert main(check=True, root=copied) == 0
+    page = copied / "docs" / "codecs.md"
+    fresh = page.read_text()
+    page.write_text(fresh.replace("| rotated:bits=3 | 3.281", "| rotated:bits=3 | 2.281"))
+    assert page.read_text() != fresh
+    assert main(check=True, root=copied) == 1
+    assert f"stale: {page}" in capsys.readouterr().out
+    assert main(check=False, root=copied) == 0
+    assert page.read_text() == fresh
+
+
+def test_a_record_fills_its_blocks_and_its_picture(copied: Path, record: dict[str, Any]) -> None:
+    main(check=False, root=copied)
+    assert "Not measured yet." in (copied / "README.md").read_text()
+    (picture, source), *_ = FIGURES.items()
+    (copied / "results").mkdir()
+    (copied / source).write_text(json.dumps(record))
+    main(check=False, root=copied)
+    readme = (copied / "README.md").read_text()
+    assert "| rotated:bits=3 | 3 | 3.20 | 230 B | 4.35 | 0.0130 | 0.117 | 98.7 % | 20.000 |" in readme
+    assert readme.index("standard error is at most 5 %") < readme.index("make demo"), "the picture has its caption"
+    drawn = (copied / picture).read_bytes()
+    assert caption(record) in drawn.decode()
+    assert b">rotated<" in drawn
+    (copied / picture).unlink()
+    main(check=False, root=copied)
+    assert (copied / picture).read_bytes() == drawn, "the picture is deterministic"
+    (copied / source).write_text(json.dumps(record | {"date": "2025-01-02"}))
+    assert not is_fresh(copied / picture, copied / source)
+
+
+def test_an_unknown_block_says_what_there_is(copied: Path) -> None:
+    (copied / "docs" / "codecs.md").write_text("<!-- generated: codec -->\n<!-- /generated -->\n")
+    with pytest.raises(InputError, match='Did you mean "codecs"'):
+        outdated(copied)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("rotated:bits=3 prefill=packed", ("rotated", "3")),
+        ("k=rotated:bits=4,mean=none v=rotated:bits=2 prefill=packed", ("rotated mean=none", "K4 V2")),
+        ("k=intn:bits=2,axis=channel v=lloydmax:bits=2", ("intn axis=channel / lloydmax", "2")),
+        ("none recent=128 prefill=packed", ("none recent=128", "16")),
+    ],
+)
+def test_points_are_named_by_codec_and_bits(spec: str, expected: tuple[str, str]) -> None:
+    assert family_and_label(str(parse(spec))) == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        path = page.parent / target if target else page
+        unmade = FIGURES.get(str(path.resolve().relative_to(ROOT)))
+        assert path.exists() or (unmade and not (ROOT / unmade).exists()), f"{page.name}: {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+def test_the_first_screen_has_everything() -> None:
+    first = "\n".join((ROOT / "README.md").read_text().splitlines()[:29])
+    for part in ("docs/images/", "#caption -->", "make demo", "print(cache.report())\n```"):
+        assert part in first
+    code = fenced("README.md", "python")[0].strip().splitlines()
+    assert len([line for line in code if line]) <= 6
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/transformers.md", "docs/edge.md"])
+def test_python_in_the_pages_runs(
+    page: str,
+    reader: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one namespace, block after block; `model`, `tokenizer` and `text` are all that is given."""
+    monkeypatch.chdir(tmp_path)
+    for block in fenced(page, "python"):
+        exec(compile(block, page, "exec"), reader)
+    said = capsys.readouterr().out
+    if page == "README.md":
+        cache = reader["cache"]
+        assert reader["output"].shape[1] == cache.get_seq_length() + 1
+        assert f"ratio {cache.report().ratio:.2f}" in said
+        assert "k.codes" in said
+        assert reader["model"].config._attn_implementation == "sdpa"
+
+
+def test_the_run_file_in_the_docs_is_one(tmp_path: Path) -> None:
+    (block,) = fenced("docs/evaluation.md", "toml")
+    (tmp_path / "run.toml").write_text(block)
+    settings = read_run(tmp_path / "run.toml", text="wiki.test.raw")
+    assert [str(parse(spec)) for spec in settings.specs] == settings.specs
+
+
+def test_the_codec_in_contributing_passes_conformance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another package would bring it: a module, and the entry point of the page's TOML block."""
+    codec, check = fenced("CONTRIBUTING.md", "python")
+    (toml,) = fenced("CONTRIBUTING.md", "toml")
+    points = tomllib.loads(toml)["project"]["entry-points"]["tersekv.codecs"]
+    (tmp_path / "tersekv_nf4.py").write_text(codec)
+    about = tmp_path / "tersekv_nf4-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tersekv-nf4\nVersion: 1.0\n")
+    lines = [f"{name} = {where}" for name, where in points.items()]
+    (about / "entry_points.txt").write_text("\n".join(["[tersekv.codecs]", *lines, ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    codecs.cache_clear()
+    try:
+        exec(compile(check, "CONTRIBUTING.md", "exec"), {})
+        nf4 = parse("nf4").k
+        x = torch.randn(4, 64, 128)
+        error = (nf4.decode(nf4.encode(x)) - x).square().mean()
+        assert 0.005 < error < 0.02, "worse than Lloyd-Max with 4 bits (0.0095), better than with 3 (0.035)"
+    finally:
+        codecs.cache_clear()
+        sys.modules.pop("tersekv_nf4", None)
+
+
+def test_the_demo_has_enough_to_read() -> None:
+    """`tersekv try` takes 2,000 tokens of README and docs; four characters a token is the usual rule."""
+    assert sum(len(page.read_text()) for page in PAGES if page.name != "CONTRIBUTING.md") > 10_000
