@@ -11,20 +11,20 @@ from tersekv.spec import codecs, parse_codec, print_codec
 from tersekv.testing import check_codec
 
 GOLDEN = Path(__file__).parent / "golden.json"
-# One line a configuration; the registry test below fails if a codec is missing here.
+# Every registered codec as it is by default, and more of ours. A new codec needs no line here.
 CONFIGURATIONS = [
-    "none",
+    *sorted(codecs()),
     "none:dtype=fp16",
     "none:dtype=fp32",
-    *(f"intn:bits={bits}" for bits in range(2, 9)),
+    *(f"intn:bits={bits}" for bits in (2, 3, 5, 6, 7, 8)),
     "intn:bits=4,group=16",
     "intn:bits=3,axis=channel",
     "intn:bits=2,axis=channel,group=32",
     "intn:bits=4,symmetric=yes",
     "intn:bits=8,axis=channel,group=16,symmetric=yes",
-    *(f"lloydmax:bits={bits}" for bits in range(1, 9)),
+    *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",
-    *(f"rotated:bits={bits}" for bits in range(1, 9)),
+    *(f"rotated:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "rotated:bits=3,mean=none",
     "rotated:bits=2,scale=norm,scale_kind=fp16",
     "rotated:bits=4,seed=7",
@@ -35,10 +35,6 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize("text", CONFIGURATIONS)
 def test_conformance(text: str, side: str) -> None:
     check_codec(parse_codec(text, side), side)
-
-
-def test_every_registered_codec_is_covered() -> None:
-    assert {text.partition(":")[0] for text in CONFIGURATIONS} == set(codecs())
 
 
 @pytest.mark.parametrize("name", ["intn", "lloydmax", "rotated"])
@@ -65,4 +61,6 @@ def test_golden_bytes(text: str, d: int) -> None:
     codec = parse_codec(text, "k")
     digest = hashlib.sha256(codec.encode(golden_input(d)).data.numpy().tobytes()).hexdigest()[:16]
     recorded = json.loads(GOLDEN.read_text())
-    assert recorded[f"{print_codec(codec, 'k')} d={d}"] == digest
+    key = f"{print_codec(codec, 'k')} d={d}"
+    assert key in recorded, "new codec: run `python tests/make_golden.py`"
+    assert recorded[key] == digest

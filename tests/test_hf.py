@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import SMALL, make_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -153,6 +153,15 @@ def test_a_copy_goes_its_own_way(any_model: PreTrainedModel, ids: Tensor) -> Non
     assert (cache.get_seq_length(), fork.get_seq_length()) == (PROMPT + 9, PROMPT + 89)
 
 
+def test_report_with_no_sink(llama: PreTrainedModel, ids: Tensor) -> None:
+    with tersekv.attached(llama):
+        cache = tersekv.cache(llama, "terse3 sink=0")
+        forward(llama, cache, ids)
+    report = cache.report()
+    assert report.dense == 3 * 2 * 2 * 2 * PROMPT * 32 * 4 == 2 * report.dense16
+    assert report.ratio == 2 * report.ratio16 > 2
+
+
 def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(any_model):
         cache = tersekv.cache(any_model, "terse3")
@@ -175,7 +184,7 @@ def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedMod
 def test_attached_restores_the_model(llama: PreTrainedModel) -> None:
     before = llama.config._attn_implementation
     with pytest.raises(RuntimeError, match="inside"), tersekv.attached(llama):
-        assert llama.config._attn_implementation == "tersekv"
+        assert llama.config._attn_implementation == f"tersekv:{before}"
         raise RuntimeError("inside")
     assert llama.config._attn_implementation == before
     with pytest.raises(InputError, match='Did you mean "fused"'), tersekv.attached(llama, "fuse"):
@@ -189,6 +198,50 @@ def test_dense_cache_works_while_attached(any_model: PreTrainedModel, ids: Tenso
     with tersekv.attached(any_model):
         got = dense(any_model, ids, mask)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1, 77:], expected[1, 77:])
+
+
+def test_dense_layers_keep_the_models_own_attention() -> None:
+    """Attention sinks of GPT-OSS: lost if dense layers went to SDPA, refused on packed ones."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "sliding_window": 32,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, **sizes)).eval().requires_grad_(False)
+    ids = torch.randint(1, 97, (1, 60))
+    expected = dense(model, ids)
+    with tersekv.attached(model):
+        assert torch.equal(dense(model, ids), expected)
+        with pytest.raises(InputError, match="s_aux, which packed attention does not compute"):
+            forward(model, tersekv.cache(model, "terse4"), ids)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attached_to_either_former_attention(ids: Tensor, implementation: str) -> None:
+    model = make_model("gemma3")
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[1, :77] = 0
+    expected = dense(model, ids, mask)
+    with tersekv.attached(model):
+        got = forward(model, tersekv.cache(model, "none:dtype=fp32"), ids, mask)
+    assert (got[0] - expected[0]).abs().max() <= tolerance(expected)
+    assert (got[1, 77:] - expected[1, 77:]).abs().max() <= tolerance(expected)
+
+
+def test_crop_of_all_layers_or_none(ids: Tensor) -> None:
+    """A full sliding window cannot be cropped; the packed layer before it must then not be either."""
+    model = make_model("gemma3")
+    with tersekv.attached(model):
+        cache = tersekv.cache(model, "terse3")
+        forward(model, cache, ids)
+        with pytest.raises(RuntimeError):
+            cache.crop(-5)
+    assert lengths(cache) == [PROMPT] * 3
 
 
 def lengths(cache: tersekv.PackedCache) -> list[int]:
@@ -247,6 +300,10 @@ def test_an_interrupted_pass_is_noticed_and_rolled_back(llama: PreTrainedModel, 
         assert lengths(cache) == [300, 300, 200]
         with pytest.raises(CacheError, match=r"stopped after layer 1.*rollback"):
             forward(llama, cache, ids[:, 200:])
+        reset = cache.copy()
+        reset._before = dict(cache._before)
+        reset.reset()
+        forward(llama, reset, ids)
         cache.rollback()
         assert lengths(cache) == [200] * 3
         assert torch.equal(forward(llama, cache, ids[:, 200:]), expected)

@@ -82,6 +82,12 @@ def test_presets_parse(name: str) -> None:
         ("k=rotated:bits=4", "names no codec for v"),
         ("terse4 resent=3", 'Unknown setting "resent". Did you mean "recent"'),
         ("terse4 sink=-1", "sink=-1 is negative"),
+        ("terse4 terse2", "It is a preset, which stands alone and first"),
+        ("lloydmax rotated", "says k twice"),
+        ("terse4 sink=1 sink=2", "says sink twice"),
+        ("rotated:bits=3,bits=4", "says bits twice"),
+        ("rotated:bits=--3", "a whole number is needed"),
+        ("rotated:bits=²", "a whole number is needed"),
         ("terse4 prefill=fast", "prefill=fast is unknown"),
     ],
 )

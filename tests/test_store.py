@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tersekv.report import storage_bytes, tier_bytes
+from tersekv.accounting import storage_bytes, tier_bytes
 from tersekv.spec import parse
 from tersekv.store import Store
 from tersekv.tiers import PackedTier

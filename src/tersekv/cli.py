@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
+from rich.markup import escape
 
 from tersekv import __version__
 from tersekv.errors import TersekvError
@@ -144,6 +145,14 @@ def eval_(
         A TOML run file, see runs/.
     text
         The text to use, if not the run file's.
+    model
+        The model to use, if not the run file's.
+    tokens
+        How many of its first tokens to use, if not the run file's.
+    dtype
+        bfloat16, float16 or float32, if not the run file's.
+    device
+        cpu or cuda, if not the run file's.
     out
         Write the record to this JSON file.
     """
@@ -191,8 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except TersekvError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        Console(stderr=True, markup=False, highlight=False).print(str(error))
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")

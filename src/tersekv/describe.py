@@ -1,6 +1,7 @@
 """`tersekv list` and `tersekv info`: what there is, what a page looks like, what a context costs."""
 
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from rich.console import Group
@@ -8,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersekv.layout import Layout
-from tersekv.spec import PRESETS, Spec, codec_class, codecs, parse
+from tersekv.spec import PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec
 from tersekv.terminal import bytes_text
 
 PICTURE_WIDTH = 64
@@ -39,11 +40,16 @@ def listing() -> Listing:
     rows = []
     for name in sorted(codecs()):
         cls = codec_class(name)
-        module = __import__(cls.__module__, fromlist=["__doc__"])
-        summary = (module.__doc__ or cls.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
-        options = {f.name: getattr(cls(), f.name) for f in fields(cls)}
-        rows.append({"name": name, "summary": summary, "options": options})
+        summary = (import_module(cls.__module__).__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+        rows.append({"name": name, "summary": summary.removeprefix(f"`{name}`: "), "options": _options(name)})
     return Listing(rows, PRESETS)
+
+
+def _options(name: str) -> dict[str, str]:
+    """Each option and its default as a spec writes it; where the sides differ, both."""
+    k, v = parse_codec(name, "k"), parse_codec(name, "v")
+    texts = {f.name: (option_text(getattr(k, f.name)), option_text(getattr(v, f.name))) for f in fields(k)}
+    return {option: a if a == b else f"{a} for k, {b} for v" for option, (a, b) in texts.items()}
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,9 @@ def info(spec: str, head_dim: int | None, model: str | None, context: int | None
     """Raises SpecError or ModelError. With a model its head dim and context limit are the defaults."""
     parsed = parse(spec)
     if model is None:
-        return Info(parsed, head_dim or 128)
+        return Info(parsed, 128 if head_dim is None else head_dim)
     from tersekv.hf.cost import model_cost
     from tersekv.models import config
 
     costs = model_cost(config(model, progress), parsed, context)
-    return Info(parsed, head_dim or costs["head_dim"], {"name": model} | costs)
+    return Info(parsed, costs["head_dim"] if head_dim is None else head_dim, {"name": model} | costs)

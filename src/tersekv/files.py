@@ -71,7 +71,8 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
         raise CacheFileError(f"{path} was saved with another model. Load the model it belongs to, or prefill again.")
     cache = new_cache(model, metadata["spec"])
     notes, device = json.loads(metadata["layers"]), model.device
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         prefix = f"{index}."
         state = {n.removeprefix(prefix): x.to(device) for n, x in tensors.items() if n.startswith(prefix)}
         if isinstance(layer, PackedLayer):

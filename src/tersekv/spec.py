@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from re import fullmatch
 from typing import Any, get_type_hints
 
 from tersekv.codec import Codec
@@ -65,6 +66,8 @@ def codecs() -> dict[str, str]:
 def codec_class(name: str) -> type[Codec]:
     if name not in codecs():
         known = did_you_mean(name, [*codecs(), *PRESETS])
+        if name in PRESETS:
+            known = f"It is a preset, which stands alone and first; its codec is {PRESETS[name]}."
         raise SpecError(f'Unknown codec or preset "{name}". {known} `tersekv list` shows all.')
     module, _, attribute = codecs()[name].partition(":")
     return getattr(import_module(module), attribute)
@@ -75,15 +78,16 @@ def parse(text: str) -> Spec:
     words = text.split()
     if not words:
         raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
-    if words[0] in PRESETS:
-        words = PRESETS[words[0]].split() + words[1:]
+    # A preset is a start that later words may change; otherwise each thing is said once.
     settings: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and ":" not in key:
-            _set(settings, key, value)
-        else:
-            settings |= {"k": parse_codec(word, "k"), "v": parse_codec(word, "v")}
+    for start in PRESETS.get(words[0], "").split():
+        _set(settings, start)
+    preset, said = dict(settings), set[str]()
+    for word in words[1:] if preset else words:
+        for key in _set(settings, word):
+            if key in said:
+                raise SpecError(f'"{text}" says {key} twice. Say it once.')
+            said.add(key)
     for side in ("k", "v"):
         if side not in settings:
             raise SpecError(f'"{text}" names no codec for {side}. Add {side}=CODEC, or {side}=none to leave it dense.')
@@ -91,8 +95,13 @@ def parse(text: str) -> Spec:
     return Spec(policy=policy, **settings)
 
 
-def _set(settings: dict[str, Any], key: str, value: str) -> None:
+def _set(settings: dict[str, Any], word: str) -> list[str]:
+    """Put what a word says into the settings; returns their names."""
+    key, equals, value = word.partition("=")
     policy = get_type_hints(Window)
+    if not equals or ":" in key:
+        settings |= {"k": parse_codec(word, "k"), "v": parse_codec(word, "v")}
+        return ["k", "v"]
     if key in ("k", "v"):
         settings[key] = parse_codec(value, key)
     elif key == "prefill":
@@ -101,6 +110,7 @@ def _set(settings: dict[str, Any], key: str, value: str) -> None:
         settings[key] = convert(key, value, policy[key])
     else:
         raise SpecError(f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", *policy])}')
+    return [key]
 
 
 def parse_codec(text: str, side: str) -> Codec:
@@ -113,6 +123,8 @@ def parse_codec(text: str, side: str) -> Codec:
         option, _, value = word.partition("=")
         if option not in types:
             raise SpecError(f'Codec "{name}" has no option "{option}". {did_you_mean(option, types)}')
+        if option in given:
+            raise SpecError(f'Codec "{name}": "{text}" says {option} twice. Say it once.')
         given[option] = convert(option, value, types[option])
     try:
         return cls(**(cls.side_defaults.get(side, {}) | given))
@@ -129,7 +141,7 @@ def print_codec(codec: Codec, side: str) -> str:
         raise SpecError(f"{where} is not registered. Add it to the entry-point group tersekv.codecs.")
     default = replace(cls(), **cls.side_defaults.get(side, {}))
     values = {f.name: getattr(codec, f.name) for f in fields(codec)}
-    said = [f"{name}={_print(x)}" for name, x in values.items() if x != getattr(default, name) or name == "bits"]
+    said = [f"{name}={option_text(x)}" for name, x in values.items() if x != getattr(default, name) or name == "bits"]
     return ":".join([names[where], *([",".join(said)] if said else [])])
 
 
@@ -137,7 +149,7 @@ def convert(name: str, text: str, kind: type) -> Any:
     """An option's text as its type: whole number, yes/no, or word."""
     if kind is bool and text in ("yes", "no"):
         return text == "yes"
-    if kind is int and text.lstrip("-").isdigit():
+    if kind is int and fullmatch(r"-?[0-9]+", text):
         return int(text)
     if kind is str and text:
         return text
@@ -145,5 +157,6 @@ def convert(name: str, text: str, kind: type) -> Any:
     raise SpecError(f'{name}="{text}": {wanted} is needed.')
 
 
-def _print(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """Inverse of `convert`."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -54,10 +54,10 @@ class Store:
         """
         outputs = []
         for start, stop in self._pieces(k.shape[2]):
-            piece = [x[:, :, start:stop] for x in (q, k, v)]
+            now_q, now_k, now_v = (x[:, :, start:stop] for x in (q, k, v))
             pads = np.clip(padding - start, 0, stop - start)
-            outputs.append(self._attend(*piece, pads, scale, decode))
-            self.append(*piece[1:], pads)
+            outputs.append(self._attend(now_q, now_k, now_v, pads, scale, decode))
+            self.append(now_k, now_v, pads)
         return torch.cat([out.to(q.dtype) for out in outputs], 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Padding, scale: float, decode: bool) -> Tensor:

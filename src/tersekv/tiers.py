@@ -64,16 +64,14 @@ class DenseTier:
         return {"k": self.k, "v": self.v, "positions": self.positions}
 
     def take(self, start: Lengths, count: Lengths) -> "DenseTier":
-        return DenseTier(*(take(x, start, count) for x in self.tensors().values()), count)
+        return self._changed(lambda x: take(x, start, count), count)
 
     def append(self, other: "DenseTier") -> "DenseTier":
-        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
-        joined = (join(a, self.lengths, b, other.lengths) for a, b in pairs)
-        return DenseTier(*joined, self.lengths + other.lengths)
+        joined = {n: join(x, self.lengths, other.tensors()[n], other.lengths) for n, x in self.tensors().items()}
+        return DenseTier(**joined, lengths=self.lengths + other.lengths)
 
     def select(self, rows: Int[Tensor, "rows"]) -> "DenseTier":
-        chosen = (x.index_select(0, rows) for x in self.tensors().values())
-        return DenseTier(*chosen, self.lengths[rows.cpu().numpy()])
+        return self._changed(lambda x: x.index_select(0, rows), self.lengths[rows.cpu().numpy()])
 
     def below(self, length: Int[np.ndarray, "b 1"]) -> "DenseTier":
         """The tokens at positions below `length`; positions ascend within a row."""
@@ -83,7 +81,10 @@ class DenseTier:
 
     def owned(self) -> "DenseTier":
         """The same with storage of its own, so that no view keeps a longer tensor alive."""
-        return DenseTier(*(x.clone() for x in self.tensors().values()), self.lengths)
+        return self._changed(torch.clone, self.lengths)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], lengths: Lengths) -> "DenseTier":
+        return DenseTier(**{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float) -> Partial:
         return attend_dense(q, self.k, self.v, torch.from_numpy(self.lengths), scale)

@@ -38,7 +38,9 @@ class Row:
     tokens: int
     held: int
     dense: int
+    dense16: int
     ratio: float
+    ratio16: float
     prefill_seconds: float
     tokens_per_second: float
     kl: float = 0.0
@@ -65,11 +67,23 @@ class Trial:
     def _table(self) -> Table:
         title = f"{self.model} ({self.source}), {self.dtype}, prompt of {self.prompt_tokens:,} tokens"
         caption = (
-            "held: every tensor of the cache after the last token, sinks, recent tokens, tables and padding included. "
+            "held: every tensor of the cache after the last token, sinks, recent tokens, tables and padding included; "
+            "dense: the same tokens in the model's dtype; 16-bit ratio: against a dense cache in bf16. "
             "KL and top-1: next-token distribution against the dense cache, teacher-forced on the dense text."
         )
         table = Table(title=title, caption=caption)
-        head = ("cache", "tokens in cache", "held", "dense", "ratio", "KL", "top-1", "prefill s", "tokens/s")
+        head = (
+            "cache",
+            "tokens in cache",
+            "held",
+            "dense",
+            "ratio",
+            "16-bit ratio",
+            "KL",
+            "top-1",
+            "prefill s",
+            "tokens/s",
+        )
         for number, name in enumerate(head):
             table.add_column(name, justify="right" if number else "left")
         for row in self.rows:
@@ -79,6 +93,7 @@ class Trial:
                 bytes_text(row.held),
                 bytes_text(row.dense),
                 f"{row.ratio:.2f}",
+                f"{row.ratio16:.2f}",
                 f"{row.kl:.4f}",
                 f"{100 * row.top1:.0f} %",
                 f"{row.prefill_seconds:.1f}",

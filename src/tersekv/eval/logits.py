@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tersekv.errors import InputError
-from tersekv.hf import PackedCache, attached, cache
-from tersekv.report import storage_bytes
+from tersekv.hf import attached, cache
+from tersekv.hf.report import cache_report
 from tersekv.spec import Spec
 
 
@@ -63,11 +63,8 @@ class Arm:
         return row | self.bytes() | self.divergence.summary() | {"seconds": self.seconds}
 
     def bytes(self) -> dict[str, Any]:
-        if not isinstance(self.cache, PackedCache):
-            held = storage_bytes(*(x for layer in self.cache.layers for x in (layer.keys, layer.values)))
-            return {"held": held, "dense": held, "ratio": 1.0}
-        report = self.cache.report()
-        return {"held": report.held, "dense": report.dense, "ratio": report.ratio}
+        report = cache_report("dense", self.cache.layers)
+        return report.totals()
 
 
 def arms(model: PreTrainedModel, specs: list[Spec]) -> list[Arm]:

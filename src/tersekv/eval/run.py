@@ -114,7 +114,7 @@ class Result:
         return table
 
 
-COLUMNS = ("spec", "bits nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity")
+COLUMNS = ("spec", "bits nominal", "body", "held", "ratio to 16 bits", "KL", "KL p99", "top-1", "perplexity")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['nominal_bits']:g}",
         f"{row['body_bits']:.2f}",
         bytes_text(row["held"]),
-        f"{row['ratio']:.2f}",
+        f"{row['ratio16']:.2f}",
         f"{row['kl_mean']:.4f}",
         f"{row['kl_p99']:.3f}",
         f"{100 * row['top1']:.1f} %",

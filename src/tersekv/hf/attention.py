@@ -3,31 +3,35 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.layer import Handle
 from tersekv.store import Padding
 
-ROUTES = {"fused": "tersekv", "decoded": "tersekv_decoded"}  # route: name of the attention function
+ROUTES = {"fused": "tersekv", "decoded": "tersekv_decoded"}  # attention functions are named ROUTE:FORMER
+
+
+def is_ours(attention: str | None) -> bool:
+    """Whether a model's attention implementation is one that `attached` has set."""
+    return (attention or "").partition(":")[0] in ROUTES.values()
 
 
 class ChunkMask:
     """A causal mask that is only written out for layers that stay dense; packed layers need the padding alone."""
 
-    def __init__(self, **arguments: Any) -> None:
-        self.arguments = arguments
+    def __init__(self, write: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        self.write, self.arguments = write, arguments
 
     @cached_property
-    def dense(self) -> Tensor | None:
-        return sdpa_mask(**self.arguments)
+    def dense(self) -> Any:
+        return self.write(**self.arguments)
 
     @cached_property
     def padding(self) -> Padding:
@@ -57,11 +61,19 @@ class ChunkMask:
             )
 
 
-def _mask(**arguments: Any) -> ChunkMask | Tensor | None:
-    """A plain causal mask stays unwritten; any other (sliding window, prefix) is what SDPA would get."""
+def _mask(former: str, **arguments: Any) -> Any:
+    """A plain causal mask stays unwritten; any other (sliding window, prefix) is what the former attention gets."""
+    write = AttentionMaskInterface()[former]
     function: Callable[..., Any] = arguments["mask_function"]
     plain = getattr(function, "__name__", "") == "causal_mask_function" and not arguments.get("use_vmap")
-    return ChunkMask(**arguments) if plain else sdpa_mask(**arguments)
+    return ChunkMask(write, arguments) if plain else write(**arguments)
+
+
+def _former_attention(module: torch.nn.Module, former: str) -> Callable[..., Any]:
+    """What the model used before: layers that are not packed must not notice that it is attached."""
+    if former == "eager":
+        return import_module(type(module).__module__).eager_attention_forward
+    return AttentionInterface()[former]
 
 
 def _forward(
@@ -70,15 +82,15 @@ def _forward(
     key: Tensor | Handle,
     value: Tensor | Handle,
     attention_mask: ChunkMask | Tensor | None,
-    decode: bool = False,
+    former: str,
+    decode: bool,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer: (b, n, hq, d). Layers that are not packed go to SDPA."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: (b, n, hq, d). Layers that are not packed go to the model's former attention."""
     if not isinstance(key, Handle):
         mask = attention_mask.dense if isinstance(attention_mask, ChunkMask) else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+        return _former_attention(module, former)(module, query, key, value, mask, scaling=scaling, **kwargs)
     try:
         padding = _padding(key, attention_mask, kwargs)
     except InputError:
@@ -114,12 +126,12 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
     """
     if route not in ROUTES:
         raise InputError(f'Unknown route "{route}". {did_you_mean(route, ROUTES)}')
-    for name, decode in (("tersekv", False), ("tersekv_decoded", True)):
-        AttentionInterface.register(name, partial(_forward, decode=decode))
-        AttentionMaskInterface.register(name, _mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ROUTES[route])
-    if model.config._attn_implementation != ROUTES[route]:
+    before = model.config._attn_implementation or "eager"
+    name = f"{ROUTES[route]}:{before}"
+    AttentionInterface.register(name, partial(_forward, former=before, decode=route == "decoded"))
+    AttentionMaskInterface.register(name, partial(_mask, before))
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
         raise ModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
             "exchanged. Use the cache without tersekv.attached: it then unpacks at every step."

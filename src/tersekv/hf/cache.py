@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
-from tersekv.hf.attention import ROUTES
+from tersekv.hf.attention import is_ours
 from tersekv.hf.layer import Handle, PackedLayer
-from tersekv.report import CacheReport, cache_report
+from tersekv.hf.report import cache_report
+from tersekv.report import CacheReport
 from tersekv.spec import Spec, parse
 
 
@@ -37,13 +38,13 @@ class PackedCache(Cache):
 
     def attached(self) -> bool:
         """Whether the model's attention reads packed layers; if not, warn once that they will be unpacked."""
-        if self.config._attn_implementation in ROUTES.values():
+        if is_ours(self.config._attn_implementation):
             return True
         if not self._warned:
             warnings.warn(
                 "This model is not attached: the packed cache is unpacked at every step, which is slow and needs the "
                 "dense memory for a moment. Run inside `with tersekv.attached(model):`.",
-                stacklevel=4,
+                stacklevel=2,
             )
             self._warned = True
         return False
@@ -88,6 +89,20 @@ class PackedCache(Cache):
             _restore(self.layers[index], state)
         self._before = {}
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` slots of every sequence, in every layer or, on an error, in none."""
+        before = [_snapshot(layer) for layer in self.layers]
+        try:
+            super().crop(tokens_to_remove)
+        except Exception:
+            for layer, state in zip(self.layers, before, strict=True):
+                _restore(layer, state)
+            raise
+
+    def reset(self) -> None:
+        self._before = {}
+        super().reset()
+
     def copy(self, prefill: str | None = None) -> "PackedCache":
         """A second cache with the same tokens, which then goes its own way; pages are shared, so it costs nothing.
 
@@ -103,7 +118,7 @@ class PackedCache(Cache):
 
     def report(self) -> CacheReport:
         """Bytes held by tier, plane and layer beside what a dense cache would hold."""
-        return cache_report(self)
+        return cache_report(str(self.spec), self.layers)
 
 
 def _snapshot(layer: Any) -> Any:

@@ -11,35 +11,35 @@ from tersekv.spec import Spec
 BF16 = 2  # bytes
 
 
-def head_dim(config: PreTrainedConfig) -> int:
+def head_dim(config: Any) -> int:
     """Of the text decoder; configs such as Qwen2's leave it to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def model_cost(config: PreTrainedConfig, spec: Spec, context: int | None) -> dict[str, Any]:
+def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) -> dict[str, Any]:
     """Bytes of one sequence of `context` tokens, dense in bf16 and packed, page tables and lengths not included.
 
     Raises InputError for a context that the model does not have.
     """
-    config = config.get_text_config(decoder=True)
+    config: Any = whole.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)
-    context = context or min(limit or 32_768, 32_768)
-    if limit and context > limit:
-        raise InputError(f"--context {context} is more than this model's {limit} (max_position_embeddings).")
-    d, heads = head_dim(config), config.num_key_value_heads
+    tokens = min(limit or 32_768, 32_768) if context is None else context
+    if tokens < 1 or (limit and tokens > limit):
+        raise InputError(f"--context {tokens}: this model takes 1 to {limit} tokens (max_position_embeddings).")
+    d, heads = head_dim(config), int(config.num_key_value_heads or config.num_attention_heads)
     k, v = spec.k.layout(d), spec.v.layout(d)
-    layers = DynamicCache(config=config).layers
+    layers: list[Any] = DynamicCache(config=config).layers
     packed = [layer for layer in layers if type(layer) is DynamicLayer]
     token = 2 * heads * d * BF16
-    window = sum(min(layer.sliding_window - 1, context) for layer in layers if getattr(layer, "is_sliding", False))
-    blocks = max(context - spec.policy.sink - spec.policy.recent, 0) // k.block
-    bytes_packed = blocks * heads * (k.nbytes + v.nbytes) + (context - blocks * k.block) * token
+    window = sum(min(layer.sliding_window - 1, tokens) for layer in layers if getattr(layer, "is_sliding", False))
+    blocks = max(tokens - spec.policy.sink - spec.policy.recent, 0) // k.block
+    bytes_packed = blocks * heads * (k.nbytes + v.nbytes) + (tokens - blocks * k.block) * token
     return {
-        "context": context,
+        "context": tokens,
         "head_dim": d,
         "packed_layers": len(packed),
         "other_layers": len(layers) - len(packed),
-        "dense": len(packed) * context * token,
+        "dense": len(packed) * tokens * token,
         "packed": len(packed) * bytes_packed,
         "window": window * token,
     }

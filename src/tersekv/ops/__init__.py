@@ -31,8 +31,8 @@ class Implementation:
 
 
 def explain(device: str = "cpu") -> list[Implementation]:
-    """Every implementation for `device` ("cpu" or "cuda"), the one that runs first."""
-    kernels = {"cpu": "native C++", "cuda": "CUDA"}[device]
+    """Every implementation for a kind of device ("cpu", "cuda", "mps", ...), the one that runs first."""
+    kernels = {"cpu": "native C++", "cuda": "CUDA"}.get(device, device)
     return [
         Implementation("reference", True, "PyTorch in fp32, any device; it specifies the result and is slow."),
         Implementation(kernels, False, f"This version has no {kernels} kernels yet; the reference runs instead."),

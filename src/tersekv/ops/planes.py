@@ -22,9 +22,10 @@ def pack_codes(codes: UInt8[Tensor, "*lead n"], bits: int) -> UInt8[Tensor, "*le
 
 def unpack_codes(stream: UInt8[Tensor, "*lead m"], bits: int) -> UInt8[Tensor, "*lead n"]:
     """Inverse of `pack_codes`: eight codes from every `bits` bytes."""
-    if bits == 8:
-        return stream
-    word = torch.int32 if bits <= 3 else torch.int64  # 8 codes of 4 bits would need the sign bit
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
+        return ((stream[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+    word = torch.int32 if bits == 3 else torch.int64
     chunks = stream.unflatten(-1, (-1, bits)).to(word)
     words = sum(chunks[..., i] << 8 * i for i in range(bits))
     shifts = bits * torch.arange(8, dtype=word, device=stream.device)

@@ -1,0 +1,40 @@
+"""What a transformers cache holds, layer by layer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tersekv.accounting import storage_bytes, tier_bytes
+from tersekv.hf.layer import PackedLayer
+from tersekv.ops import explain
+from tersekv.report import CacheReport, LayerReport
+
+
+def cache_report(spec: str, layers: Iterable[Any]) -> CacheReport:
+    """Bytes of every layer beside those of a dense cache; layers that are not packed say what they are."""
+    rows = [_packed(x) if isinstance(x, PackedLayer) else _dense(i, x) for i, x in enumerate(layers)]
+    stores = [x.store for x in layers if isinstance(x, PackedLayer) and x.store is not None]
+    tokens = max((x.slots.total for x in layers if isinstance(x, PackedLayer)), default=0)
+    sequences = len(stores[0].lengths) if stores else 0
+    device = stores[0].tiers.dense["recent"].k.device.type if stores else "cpu"
+    return CacheReport(spec, tokens, sequences, rows, explain(device)[0].name)
+
+
+def _packed(layer: PackedLayer) -> LayerReport:
+    if layer.store is None:
+        return LayerReport(layer.index, "packed", 0, 0, 0)
+    tiers = {name: tier_bytes(tier) for name, tier in layer.store.tiers.all().items()}
+    k = layer.store.tiers.dense["recent"].k
+    b, h, _, d = k.shape
+    values = 2 * b * h * layer.slots.total * d
+    held = sum(sum(planes.values()) for planes in tiers.values())
+    return LayerReport(layer.index, "packed", values * k.element_size(), values * 2, held, tiers)
+
+
+def _dense(index: int, layer: Any) -> LayerReport:
+    """A layer that transformers keeps; a view counts as the whole tensor that it holds."""
+    tensors = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    held = storage_bytes(*tensors)
+    half = sum(2 * held // (len(tensors) * x.element_size()) for x in tensors)
+    window = getattr(layer, "sliding_window", None)
+    kind = f"dense: sliding window of {window}" if window else f"dense: {type(layer).__name__}"
+    return LayerReport(index, kind, held, half, held)
