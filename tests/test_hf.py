@@ -341,6 +341,17 @@ def test_masks_that_packed_attention_cannot_compute(llama: PreTrainedModel, ids:
         assert lengths(cache) == [PROMPT] * 3
 
 
+def test_a_padded_cache_needs_an_attached_model(llama: PreTrainedModel, ids: Tensor) -> None:
+    mask = torch.ones_like(ids)
+    mask[1, :77] = 0
+    cache = tersekv.cache(llama, "terse3")
+    with tersekv.attached(llama):
+        forward(llama, cache, ids, mask)
+    with pytest.warns(UserWarning, match="not attached"), pytest.raises(InputError, match="left-padded batch"):
+        forward(llama, cache, ids[:, :2], torch.ones(2, PROMPT + 2, dtype=torch.long))
+    assert lengths(cache) == [PROMPT] * 3
+
+
 def test_context_limit(llama: PreTrainedModel) -> None:
     with tersekv.attached(llama):
         cache = tersekv.cache(llama, "terse3")

@@ -2,7 +2,7 @@
 
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,8 +15,14 @@ from tersekv.hf.checks import check_finite, check_like
 from tersekv.spec import Spec
 from tersekv.store import Padding, Store
 
-if TYPE_CHECKING:
-    from tersekv.hf.cache import PackedCache
+
+@runtime_checkable
+class Owner(Protocol):
+    """The cache that a layer belongs to: it knows about the whole forward pass."""
+
+    def attached(self) -> bool: ...
+    def finished(self, layer_idx: int) -> None: ...
+    def rollback(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: Spec, index: int, cache: "PackedCache") -> None:
+    def __init__(self, spec: Spec, index: int, cache: Owner) -> None:
         super().__init__()
         self.spec, self.index, self.cache = spec, index, cache
         self.slots, self.store = Slots(), None
@@ -99,6 +105,11 @@ class PackedLayer(CacheLayerMixin):
         if self.cache.attached():
             handle = Handle(self, key_states, value_states)
             return handle, handle
+        if self.slots.padded:
+            raise InputError(
+                f"Layer {self.index} holds a left-padded batch, whose padding is not stored, so it cannot be unpacked "
+                "into the host's slots. Run inside `with tersekv.attached(model):`."
+            )
         old = store.decoded()
         padding = np.zeros(len(key_states), dtype=np.int64)
         store.append(key_states, value_states, padding)
