@@ -7,7 +7,7 @@ import tersekv
 from tersekv.errors import ModelError
 from tersekv.eval.logits import arms, compare
 from tersekv.models import LoadedModel, load
-from tersekv.trial import prompt_ids
+from tersekv.prompt import prompt_ids
 
 MODELS = [
     pytest.param("smollm2", marks=pytest.mark.model),

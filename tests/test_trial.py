@@ -6,8 +6,9 @@ from conftest import make_model
 
 from tersekv import SpecError, parse
 from tersekv.models import LoadedModel
+from tersekv.prompt import project_text, prompt_ids
 from tersekv.terminal import Stages, to_text
-from tersekv.trial import project_text, prompt_ids, run, split_words
+from tersekv.trial import run, split_words
 
 
 class Letters:
@@ -41,16 +42,24 @@ def test_rows_agree_with_what_was_generated(loaded: LoadedModel) -> None:
 
 def test_words_are_specs_and_a_last_prompt() -> None:
     assert split_words([]) == ([parse("terse4")], None)
-    assert (
-        split_words(["terse4", "k=none v=terse4".replace("terse4", "none"), "Tell me a story"])[1] == "Tell me a story"
-    )
+    assert split_words(["terse4", "k=none v=none", "Tell me a story"])[1] == "Tell me a story"
+    assert split_words(["none of the above is right"]) == ([parse("terse4")], "none of the above is right")
     assert len(split_words(["terse4", "rotated:bits=2 sink=0", "intn"])[0]) == 3
-    with pytest.raises(SpecError, match="Did you mean"):
-        split_words(["tersse4"])
-    with pytest.raises(SpecError, match="--prompt"):
-        split_words(["hello"])
-    with pytest.raises(SpecError, match="range"):
-        split_words(["rotated:bits=11"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tersse4"], "Did you mean"),
+        (["hello"], "--prompt"),
+        (["rotated:bits=11"], "range"),
+        (["terse4 resent=3"], 'Did you mean "recent"'),
+        (["why is this", "terse4"], "Unknown codec"),
+    ],
+)
+def test_other_words_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        split_words(words)
 
 
 def test_the_default_prompt_is_the_projects_documents(loaded: LoadedModel) -> None:

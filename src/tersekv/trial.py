@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.resources import files
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -20,13 +18,9 @@ from tersekv.errors import InputError, SpecError
 from tersekv.eval.logits import Arm, Divergence, arms
 from tersekv.hf import PackedCache, attached
 from tersekv.models import LoadedModel
-from tersekv.spec import PRESETS, Spec, codecs, parse
+from tersekv.prompt import prompt_ids
+from tersekv.spec import Spec, parse
 from tersekv.terminal import Stages, bytes_text
-
-PROMPT_TOKENS = 2000
-QUESTION = (
-    "These are the documents of a software project.\n\n{text}\n\nExplain in a few sentences what the project does."
-)
 
 
 @dataclass
@@ -104,44 +98,19 @@ class Trial:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Spec], str | None]:
-    """The specs among the words of the command line, and the prompt if the last word is one.
+    """The specs among the words of the command line, and the prompt if the last one is none but plain text.
 
-    Raises SpecError for a word that is neither a spec nor, by its spaces, a prompt.
+    Raises SpecError for a word that is neither: text with spaces and without "=" and ":" is taken for a prompt.
     """
     specs, prompt = [], None
     for number, word in enumerate(words):
-        name = word.split(":")[0].split("=")[0].split()[0] if word.split() else ""
-        if name in (*codecs(), *PRESETS, "k", "v"):
+        try:
             specs.append(parse(word))
-        elif " " in word and number == len(words) - 1:
+        except SpecError as error:
+            if number < len(words) - 1 or " " not in word or "=" in word or ":" in word:
+                raise SpecError(f"{error} (A prompt that could be a spec goes with --prompt.)") from None
             prompt = word
-        else:
-            try:
-                parse(word)
-            except SpecError as error:
-                raise SpecError(f"{error} A prompt of one word needs --prompt.") from None
     return specs or [parse("terse4")], prompt
-
-
-def project_text() -> str:
-    """README and docs of this project, from the installed package or from the checkout around it."""
-    packaged = files("tersekv") / "_docs"
-    folder = Path(str(packaged)) if packaged.is_dir() else Path(__file__).parents[2] / "docs"
-    readme = folder / "README.md" if packaged.is_dir() else folder.parent / "README.md"
-    pages = [readme, *sorted(page for page in folder.glob("*.md") if page != readme)]
-    return "\n\n".join(page.read_text(encoding="utf-8") for page in pages if page.is_file())
-
-
-def prompt_ids(tokenizer: Any, prompt: str | None) -> Tensor:
-    """Token ids (1, t) of the prompt in the model's chat form, or of the project's documents cut to 2,000 tokens."""
-    if prompt is None:
-        ids = tokenizer(project_text(), add_special_tokens=False).input_ids[: PROMPT_TOKENS - 40]
-        prompt = QUESTION.format(text=tokenizer.decode(ids))
-    if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-    return tokenizer(prompt, return_tensors="pt").input_ids
 
 
 def run(loaded: LoadedModel, specs: list[Spec], prompt: str | None, new_tokens: int, stages: Stages) -> Trial:
