@@ -44,7 +44,8 @@ def record() -> dict[str, Any]:
     """A record as `tersekv eval` writes it, with invented numbers."""
     rows = []
     for spec, held, kl in (("dense", 1000, 0.0), ("rotated:bits=3 prefill=packed", 230, 0.013)):
-        sizes = {"nominal_bits": 3.0, "body_bits": 3.2, "held": held, "dense": 1000, "ratio": 1000 / held}
+        sizes = {"nominal_bits": 3.0, "body_bits": 3.2, "held": held, "dense": 1000, "dense16": 1000}
+        sizes |= {"ratio": 1000 / held, "ratio16": 1000 / held}
         quality = {
             "kl_mean": kl,
             "kl_standard_error": kl / 20,

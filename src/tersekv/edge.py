@@ -22,15 +22,9 @@ from jaxtyping import Float, Int64, UInt8
 from tersekv.codebook import table
 from tersekv.edge_encoder import NORMS, ChunkEncoder
 from tersekv.errors import InputError, SpecError, did_you_mean
-from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane, check_head_dim
+from tersekv.layout import BLOCK, Layout, codes_and_scale
 
 CHUNK = 2**18  # values, 1.8 MiB of scratch. Half of it loses a tenth to the calls, twice as much is no faster
-
-
-def layout(d: int, bits: int, norm: str) -> Layout:
-    """Codes and norms of one block; the torch codec takes it from here."""
-    check_head_dim(d)
-    return Layout(d, (Plane("codes", BLOCK, d, bits), Plane("scale", BLOCK, 1, KIND_BITS[norm], norm)))
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,8 @@ def _checked(x: np.ndarray, bits: int, norm: str) -> Layout:
         raise SpecError(f"bits={bits} is out of range. Allowed: 1 to 8.")
     if norm not in NORMS:
         raise SpecError(f"norm={norm} is unknown. {did_you_mean(norm, NORMS)}")
-    return layout(x.shape[-1], bits, norm)
+    d = x.shape[-1]
+    return Layout(d, codes_and_scale(d, bits, norm))
 
 
 @lru_cache

@@ -99,6 +99,12 @@ class Layout:
         return replace(self, planes=tuple(planes))
 
 
+def codes_and_scale(d: int, bits: int, kind: str) -> tuple[Plane, Plane]:
+    """The two planes of a token-scaled codec: a code for each value and, stored as `kind`, a scale for each token."""
+    check_head_dim(d)
+    return Plane("codes", BLOCK, d, bits), Plane("scale", BLOCK, 1, KIND_BITS[kind], kind)
+
+
 def check_head_dim(d: int) -> None:
     """Raise SpecError unless codes of every bit width end a token on a whole byte."""
     if d < 8 or d % 8:

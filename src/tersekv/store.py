@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.ops import attend_alone, attend_causal, merge
+from tersekv.ragged import take
 from tersekv.spec import Spec
-from tersekv.tiers import DenseTier, take
+from tersekv.tiers import DenseTier
 
 Padding = Int[np.ndarray, "b"]  # tokens at the left of a chunk that belong to no sequence
 

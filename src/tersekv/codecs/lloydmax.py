@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
-from tersekv.edge import layout
-from tersekv.layout import Layout
+from tersekv.layout import Layout, codes_and_scale
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, to_bytes
 from tersekv.ops.recipe import Grid
@@ -35,7 +34,7 @@ class LloydMax(Codec):
         check_choice("norm", self.norm, ("fp16", "fp32"))
 
     def layout(self, d: int) -> Layout:
-        return layout(d, self.bits, self.norm)
+        return Layout(d, codes_and_scale(d, self.bits, self.norm))
 
     def recipe(self, d: int) -> Grid:
         return Grid(tuple((table(self.bits) / np.float32(sqrt(d))).tolist()))

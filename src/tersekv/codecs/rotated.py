@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
-from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane, check_head_dim
+from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
 from tersekv.ops.recipe import Grid
@@ -49,9 +49,7 @@ class Rotated(Codec):
         check_choice("scale_kind", self.scale_kind, ("log8", "fp16"))
 
     def layout(self, d: int) -> Layout:
-        check_head_dim(d)
-        kind = self.scale_kind
-        planes = [Plane("codes", BLOCK, d, self.bits), Plane("scale", BLOCK, 1, KIND_BITS[kind], kind)]
+        planes = [*codes_and_scale(d, self.bits, self.scale_kind)]
         if self.mean == "block":
             planes += [Plane("channel_zero", 1, d, 8, "int8"), Plane("channel_zero_step", 1, 1, 16, "fp16")]
         return Layout(d, tuple(planes))
