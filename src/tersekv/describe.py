@@ -30,7 +30,7 @@ class Listing:
         methods = Table("codec", "what it is", "options (default)", title="codecs: k=NAME:option=value,... v=...")
         for row in self.codecs:
             methods.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
-        presets = Table("preset", "stands for", title="presets (provisional: chosen by the records in results/)")
+        presets = Table("preset", "stands for", title="presets (provisional: not yet chosen by measurement)")
         for name, text in self.presets.items():
             presets.add_row(name, text)
         return Group(methods, presets)

@@ -62,35 +62,22 @@ class Trial:
         title = f"{self.model} ({self.source}), {self.dtype}, prompt of {self.prompt_tokens:,} tokens"
         caption = (
             "held: every tensor of the cache after the last token, sinks, recent tokens, tables and padding included; "
-            "dense: the same tokens in the model's dtype; 16-bit ratio: against a dense cache in bf16. "
+            "ratio: to the dense cache of this run; 16-bit ratio: to a dense cache in bf16. "
             "KL and top-1: next-token distribution against the dense cache, teacher-forced on the dense text."
         )
         table = Table(title=title, caption=caption)
-        head = (
-            "cache",
-            "tokens in cache",
-            "held",
-            "dense",
-            "ratio",
-            "16-bit ratio",
-            "KL",
-            "top-1",
-            "prefill s",
-            "tokens/s",
-        )
-        for number, name in enumerate(head):
-            table.add_column(name, justify="right" if number else "left")
+        table.add_column("cache", overflow="fold")
+        for name in ("tokens", "held", "ratio", "16-bit ratio", "KL", "top-1", "tokens/s"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             cells = (
                 row.spec,
                 f"{row.tokens:,}",
                 bytes_text(row.held),
-                bytes_text(row.dense),
                 f"{row.ratio:.2f}",
                 f"{row.ratio16:.2f}",
                 f"{row.kl:.4f}",
                 f"{100 * row.top1:.0f} %",
-                f"{row.prefill_seconds:.1f}",
                 f"{row.tokens_per_second:.1f}",
             )
             table.add_row(*cells)

@@ -106,15 +106,16 @@ class Result:
     def __rich__(self) -> Table:
         settings = self.record["run"]
         title = f"{settings['model']}, {settings['tokens']:,} tokens of {settings['text']}, {self.record['device']}"
-        table = Table(title=title)
-        for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="right" if number else "left")
+        table = Table(title=title, caption="nominal and body: bits a value; ratio: to a dense cache in 16 bits")
+        table.add_column(COLUMNS[0], overflow="fold")
+        for name in COLUMNS[1:]:
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.record["rows"]:
             table.add_row(*cells(row))
         return table
 
 
-COLUMNS = ("spec", "bits nominal", "body", "held", "ratio to 16 bits", "KL", "KL p99", "top-1", "perplexity")
+COLUMNS = ("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
