@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
@@ -62,12 +63,12 @@ class Trial:
         title = f"{self.model} ({self.source}), {self.dtype}, prompt of {self.prompt_tokens:,} tokens"
         caption = (
             "held: every tensor of the cache after the last token, sinks, recent tokens, tables and padding included; "
-            "ratio: to the dense cache of this run; 16-bit ratio: to a dense cache in bf16. "
+            "ratio: to the dense cache of this run; vs bf16: to a dense cache in bf16. "
             "KL and top-1: next-token distribution against the dense cache, teacher-forced on the dense text."
         )
-        table = Table(title=title, caption=caption)
+        table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
         table.add_column("cache", overflow="fold")
-        for name in ("tokens", "held", "ratio", "16-bit ratio", "KL", "top-1", "tokens/s"):
+        for name in ("tokens", "held", "ratio", "vs bf16", "KL", "top-1", "tokens/s"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             cells = (
@@ -76,7 +77,7 @@ class Trial:
                 bytes_text(row.held),
                 f"{row.ratio:.2f}",
                 f"{row.ratio16:.2f}",
-                f"{row.kl:.4f}",
+                f"{max(row.kl, 0):.4f}",
                 f"{100 * row.top1:.0f} %",
                 f"{row.tokens_per_second:.1f}",
             )

@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from tersekv.errors import InputError, did_you_mean
@@ -106,7 +107,9 @@ class Result:
     def __rich__(self) -> Table:
         settings = self.record["run"]
         title = f"{settings['model']}, {settings['tokens']:,} tokens of {settings['text']}, {self.record['device']}"
-        table = Table(title=title, caption="nominal and body: bits a value; ratio: to a dense cache in 16 bits")
+        table = Table(
+            title=title, caption="nominal and body: bits a value; ratio: to a dense cache in 16 bits", box=SIMPLE_HEAD
+        )
         table.add_column(COLUMNS[0], overflow="fold")
         for name in COLUMNS[1:]:
             table.add_column(name, justify="right", no_wrap=True)
