@@ -10,6 +10,7 @@ install_import_hook("tersekv", "beartype.beartype")
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -62,3 +63,8 @@ def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def llama() -> PreTrainedModel:
     return make_model("llama")
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(1, 97, (2, 300))
