@@ -52,7 +52,7 @@ def test_dense_ragged_and_poisoned(d: int, g: int) -> None:
 @pytest.mark.parametrize("d", [64, 80, 128])
 def test_pages_ragged_shuffled_and_poisoned(spec: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages lie in any order, rows have any number of blocks, unused pages hold NaN bytes."""
-    monkeypatch.setattr("tersekv.ops.attention.TILE_VALUES", 7 * 4 * 64 * d)  # three tiles of 7, 7 and 6 blocks
+    monkeypatch.setattr("tersekv.ops.pages.TILE_VALUES", 7 * 4 * 64 * d)  # three tiles of 7, 7 and 6 blocks
     parsed = parse(spec)
     b, h, g, blocks = 2, 2, 3, 20
     k, v = (torch.stack([sample(d, blocks, 2 * i + j).transpose(0, 1) for i in range(b)]) for j in range(2))

@@ -28,16 +28,16 @@ def test_exact_pages_are_the_dense_cache(any_model: PreTrainedModel, ids: Tensor
 @pytest.mark.parametrize("spec", ["terse4", "terse2 prefill=packed", "k=intn:bits=4,axis=channel v=lloydmax:bits=3"])
 def test_three_routes_agree(any_model: PreTrainedModel, ids: Tensor, spec: str) -> None:
     logits = {}
-    for route in ("fused", "decoded"):
+    for route in ("exact", "decoded"):
         cache = tersekv.cache(any_model, spec)
         with tersekv.attached(any_model, route):
             logits[route] = torch.cat([forward(any_model, cache, part) for part in ids.split(75, 1)], 1)
-    assert (logits["fused"] - logits["decoded"]).abs().max() <= tolerance(logits["fused"])
+    assert (logits["exact"] - logits["decoded"]).abs().max() <= tolerance(logits["exact"])
     if "packed" not in spec:
         cache = tersekv.cache(any_model, spec)
         with pytest.warns(UserWarning, match="not attached"):
             plain = torch.cat([forward(any_model, cache, part) for part in ids.split(75, 1)], 1)
-        assert (logits["fused"] - plain).abs().max() <= tolerance(plain)
+        assert (logits["exact"] - plain).abs().max() <= tolerance(plain)
 
 
 def test_packed_layers_really_lose_something(any_model: PreTrainedModel, ids: Tensor) -> None:
@@ -92,7 +92,7 @@ def test_generate_with_left_padding(any_model: PreTrainedModel, ids: Tensor) -> 
 
 def test_greedy_tokens_are_the_same_on_both_routes(any_model: PreTrainedModel, ids: Tensor) -> None:
     texts = []  # a block becomes due after 24 of the new tokens
-    for route in ("fused", "decoded"):
+    for route in ("exact", "decoded"):
         with tersekv.attached(any_model, route):
             cache = tersekv.cache(any_model, "terse3")
             texts.append(any_model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False))

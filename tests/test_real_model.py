@@ -27,7 +27,7 @@ def real(request: pytest.FixtureRequest) -> LoadedModel:
 def test_fused_and_decoded_routes_give_the_same_greedy_tokens(real: LoadedModel) -> None:
     ids = prompt_ids(real.tokenizer, None)[:, :420]
     tokens, logits = [], []
-    for route in ("fused", "decoded"):
+    for route in ("exact", "decoded"):
         cache = tersekv.cache(real.model, "terse4")
         with torch.inference_mode(), tersekv.attached(real.model, route):
             out = real.model.generate(

@@ -95,12 +95,12 @@ def test_padded_batch_is_its_sequences_alone(prefill: str) -> None:
 def test_fused_and_decoded_routes_agree(spec: str) -> None:
     for chunks in ([300], [100, 1, 1, 150, 48]):
         outputs = []
-        for decode in (False, True):
+        for route in ("exact", "decoded"):
             torch.manual_seed(1)
             store, parts = make(spec), []
             for n in chunks:
                 q, k, v = torch.randn(1, 3 * H, n, D), torch.randn(1, H, n, D), torch.randn(1, H, n, D)
-                parts.append(store.extend(q, k, v, NONE, D**-0.5, decode))
+                parts.append(store.extend(q, k, v, NONE, D**-0.5, route))
             outputs.append(torch.cat(parts, 2))
         assert torch.allclose(*outputs, atol=2e-5)
 

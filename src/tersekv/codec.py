@@ -10,7 +10,7 @@ from torch import Tensor
 from tersekv.errors import SpecError, did_you_mean
 from tersekv.layout import Layout
 from tersekv.ops.recipe import Recipe
-from tersekv.packed import Packed
+from tersekv.packed import Packed, repack
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Codec(ABC):
         """Each block on its own, so that any chunking of the input gives the same bytes."""
 
     def decode(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
-        """fp32 values in the model's domain."""
-        return self.unfold_output(self.recipe(packed.layout.d).values(packed))
+        """fp32 values in the model's domain, whatever order the codes are stored in."""
+        return self.unfold_output(self.recipe(packed.layout.d).values(repack(packed, "linear")))
 
     def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         return q

@@ -86,6 +86,7 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
 def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tiers = layer.opened().tiers
     tensors = {f"{name}.{plane}": x for name, tier in tiers.all().items() for plane, x in tier.tensors().items()}
+    tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()}
     tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
     return tensors, {"slots": layer.slots.total, "padded": padded}
@@ -101,11 +102,9 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
     def restored(name: str, tier: Any) -> Any:
         lengths = state[f"{name}.lengths"].cpu().numpy()
         planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
-        return (
-            DenseTier(**planes, lengths=lengths)
-            if isinstance(tier, DenseTier)
-            else replace(tier, **planes, lengths=lengths)
-        )
+        if isinstance(tier, DenseTier):
+            return DenseTier(**planes, lengths=lengths)
+        return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths)
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}

@@ -50,7 +50,48 @@ def linear(plane: Plane) -> np.ndarray:
     return np.arange(plane.nbytes * 8)
 
 
-ORDERS: dict[str, Order] = {"linear": linear}
+SIMD_BITS = (1, 2, 3, 4, 8)  # widths of which whole codes, or two spare bits of three bytes, fill a byte
+
+
+def _simd_fields(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each bit of a unit's `bits` vectors, (vector, bit in its byte): which of eight fields, which bit of a code."""
+    vector, bit = np.indices((bits, 8))
+    if bits != 3:
+        return vector * (8 // bits) + bit // bits, bit % bits
+    # Two fields in each byte of three vectors; the spare bits 6 and 7 make two more, 6 and 7.
+    field, of_code = vector + 3 * (bit // 3), bit % 3
+    field[:, 6:], of_code[:, 6:] = [[6, 6], [7, 7], [6, 7]], [[0, 1], [0, 1], [2, 2]]
+    return field, of_code
+
+
+def _simd(plane: Plane, token: Callable[..., np.ndarray], channel: Callable[..., np.ndarray]) -> np.ndarray:
+    """Units of 512 codes in `bits` vectors of 64 bytes, each byte holding a bit of field f at place p of the unit."""
+    field, of_code = _simd_fields(plane.bits)
+    unit, f, p = (
+        np.arange(plane.rows * plane.cols // 512)[:, None, None, None],
+        field[:, None, :],
+        np.arange(64)[:, None],
+    )
+    return ((token(unit, f, p) * plane.cols + channel(unit, f, p)) * plane.bits + of_code[:, None, :]).ravel()
+
+
+def simd_k(plane: Plane) -> np.ndarray:
+    """Units of 64 tokens by 8 channels. A 32-bit lane holds four channels of a token: one integer dot product."""
+    return _simd(plane, lambda u, f, p: 16 * (f % 4) + p // 4 + 0 * u, lambda u, f, p: 8 * u + 4 * (f // 4) + p % 4)
+
+
+def simd_v(plane: Plane) -> np.ndarray:
+    """Units of 16 channels by 32 tokens. A 32-bit lane holds four tokens of a channel."""
+    return _simd(plane, lambda u, f, p: 32 * (u % 2) + 4 * f + p % 4, lambda u, f, p: 16 * (u // 2) + p // 4 + 0 * f)
+
+
+ORDERS: dict[str, Order] = {"linear": linear, "simd_k": simd_k, "simd_v": simd_v}
+
+
+def fits(plane: Plane, order: str) -> bool:
+    """Whether a plane of codes can be stored in an order."""
+    whole = plane.rows == BLOCK and plane.cols % 16 == 0 and plane.bits in SIMD_BITS
+    return order == "linear" or whole
 
 
 @dataclass(frozen=True)
@@ -91,10 +132,26 @@ class Layout:
         start = self.offsets[name]
         return slice(start, start + self.plane(name).nbytes)
 
+    def takes(self, order: str) -> bool:
+        return all(fits(plane, order) for plane in self.planes if plane.kind == "code")
+
+    @property
+    def order(self) -> str:
+        """Of the codes; a layout without codes is linear."""
+        return next((plane.order for plane in self.planes if plane.kind == "code"), "linear")
+
     def ordered(self, order: str) -> "Layout":
-        """The same layout with its codes in another storage order."""
+        """The same layout with its codes in another storage order.
+
+        Raises SpecError for an unknown order, and for codes that it cannot hold.
+        """
         if order not in ORDERS:
             raise SpecError(f'Unknown storage order "{order}". Allowed: {", ".join(ORDERS)}.')
+        if not self.takes(order):
+            raise SpecError(
+                f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples of "
+                f"16, not {self.nominal_bits} bits at {self.d}. Keep the linear order."
+            )
         planes = (replace(p, order=order) if p.kind == "code" else p for p in self.planes)
         return replace(self, planes=tuple(planes))
 

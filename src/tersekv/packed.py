@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,12 +37,17 @@ class Packed:
         return self.data.numel()
 
 
+@lru_cache
+def _moves(plane: Plane, target: Plane) -> np.ndarray:
+    """For each bit of the target, which bit of the plane it is."""
+    return np.argsort(ORDERS[plane.order](plane))[ORDERS[target.order](target)]
+
+
 def _reordered(content: Tensor, plane: Plane, target: Plane) -> Tensor:
     """Bytes of a plane moved to the target's order: bit i of the result is bit ORDER(i) of the linear stream."""
     shifts = torch.arange(8, dtype=torch.uint8, device=content.device)
     bits = ((content[..., None] >> shifts) & 1).flatten(-2)
-    to_linear = np.argsort(ORDERS[plane.order](plane))
-    index = torch.from_numpy(to_linear[ORDERS[target.order](target)]).to(content.device)
+    index = torch.from_numpy(_moves(plane, target)).to(content.device)
     moved = bits[..., index].unflatten(-1, (-1, 8))
     return (moved << shifts).sum(-1, dtype=torch.uint8)
 
@@ -51,6 +57,8 @@ def repack(packed: Packed, order: str) -> Packed:
 
     Raises SpecError for an order that is not registered in `layout.ORDERS`.
     """
+    if packed.layout.order == order:
+        return packed
     layout = packed.layout.ordered(order)
     planes = {}
     for plane in packed.layout.planes:

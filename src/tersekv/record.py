@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tersekv.ops import explain
+from tersekv.ops import implementation
 
 PACKAGES = ("torch", "transformers", "numpy")
 
@@ -24,7 +24,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name()
         if cuda
         else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "implementation": explain("cuda" if cuda else "cpu")[0].name,
+        "implementation": implementation("cuda" if cuda else "cpu"),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

@@ -45,25 +45,26 @@ class Store:
         v: Float[Tensor, "b h n d"],
         padding: Padding,
         scale: float,
-        decode: bool = False,
+        route: str = "fused",
     ) -> Float[Tensor, "b hq n d"]:
         """Attend from new tokens to all stored ones and causally to each other, then store them.
 
         With `prefill=packed` the chunk is taken in pieces that end where a block becomes due, so each token sees
         exactly what decoding token by token would show it; with `prefill=exact` a chunk sees itself undamaged.
-        `decode` unpacks the whole history and attends to it as one dense tier: slow, and the check on the other route.
+        Routes: "fused" attends to packed tiers where they lie; "exact" does so in fp32 where kernels would compute in
+        8-bit integers; "decoded" unpacks the whole history into one dense tier, slow, and the check on the others.
         """
         outputs = []
         for start, stop in self._pieces(k.shape[2]):
             now_q, now_k, now_v = (x[:, :, start:stop] for x in (q, k, v))
             pads = np.clip(padding - start, 0, stop - start)
-            outputs.append(self._attend(now_q, now_k, now_v, pads, scale, decode))
+            outputs.append(self._attend(now_q, now_k, now_v, pads, scale, route))
             self.append(now_k, now_v, pads)
         return torch.cat([out.to(q.dtype) for out in outputs], 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Padding, scale: float, decode: bool) -> Tensor:
-        tiers = [self.decoded()] if decode else self.tiers.all().values()
-        stored = [tier.attend(q, scale) for tier in tiers if tier.lengths.any()]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Padding, scale: float, route: str) -> Tensor:
+        tiers = [self.decoded()] if route == "decoded" else self.tiers.all().values()
+        stored = [tier.attend(q, scale, route == "exact") for tier in tiers if tier.lengths.any()]
         if not stored and not pads.any():
             return attend_alone(q, k, v, scale)
         return merge([*stored, attend_causal(q, k, v, torch.from_numpy(pads), scale)])[0]

@@ -4,7 +4,7 @@ Immutability is what makes rollback exact and beam search cheap: an older state 
 share pages. Lengths live on the host as NumPy arrays (b, h), because the host decides what is appended where.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages
-from tersekv.packed import Packed
+from tersekv.ops import Pages, Partial, attend_dense, attend_pages, order
+from tersekv.packed import Packed, repack
 from tersekv.ragged import Lengths, join, take
 
 
@@ -61,7 +61,8 @@ class DenseTier:
     def _changed(self, change: Callable[[Tensor], Tensor], lengths: Lengths) -> "DenseTier":
         return DenseTier(**{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
 
-    def attend(self, q: Float[Tensor, "b hq n d"], scale: float) -> Partial:
+    def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
+        """In fp32, whether `exact` or not."""
         return attend_dense(q, self.k, self.v, torch.from_numpy(self.lengths), scale)
 
     def decoded(self) -> "DenseTier":
@@ -91,7 +92,12 @@ class PackedTier:
 
     @property
     def layouts(self) -> tuple[Layout, Layout]:
-        return self.k.layout(self.d), self.v.layout(self.d)
+        """Of keys and values, in the storage order of the kernels on this device."""
+        return self._layout(self.k, "k"), self._layout(self.v, "v")
+
+    def _layout(self, codec: Codec, side: str) -> Layout:
+        layout = codec.layout(self.d)
+        return layout.ordered(order(layout, codec.recipe(self.d), side, self.pool.device))
 
     @property
     def block(self) -> int:
@@ -106,7 +112,10 @@ class PackedTier:
         blocks = tokens.k.shape[2] // self.block
         filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
         k, v = (x.unflatten(2, (blocks, self.block))[filled] for x in (tokens.k, tokens.v))
-        pages = torch.cat((self.k.encode(k).data, self.v.encode(v).data), -1)
+        stored = [
+            repack(c.encode(x), y.order).data for c, x, y in zip((self.k, self.v), (k, v), self.layouts, strict=True)
+        ]
+        pages = torch.cat(stored, -1)
         tier = self.compacted()
         ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
         first = len(tier.pool)
@@ -156,16 +165,31 @@ class PackedTier:
         recipes = self.k.recipe(self.d), self.v.recipe(self.d)
         return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
 
-    def attend(self, q: Float[Tensor, "b hq n d"], scale: float) -> Partial:
-        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages(), scale)
+    def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
+        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages(), scale, exact)
         return self.v.unfold_output(out), lse
+
+    def linear_pool(self) -> Tensor:
+        """The pages with their codes in the linear order, as files hold them."""
+        return self._reordered(self.layouts, ("linear", "linear"), self.pool)
+
+    def pool_of(self, linear: Tensor) -> Tensor:
+        """Inverse of `linear_pool` for the device that this tier is on."""
+        plain = self.k.layout(self.d), self.v.layout(self.d)
+        orders = [layout.order for layout in self.layouts]
+        return self._reordered(plain, orders, linear)
+
+    def _reordered(self, layouts: tuple[Layout, Layout], orders: Sequence[str], pool: Tensor) -> Tensor:
+        split = layouts[0].nbytes
+        sides = zip(layouts, orders, (pool[:, :split], pool[:, split:]), strict=True)
+        return torch.cat([repack(Packed(layout, data), order).data for layout, order, data in sides], -1)
 
     def decoded(self) -> DenseTier:
         """All tokens unpacked to the model's precision: the slow route, and what a crop through a block needs."""
-        split = self.layouts[0].nbytes
+        k_layout, v_layout = self.layouts
         data = self.pool[self.table.clamp(min=0).long()]
-        k = self.k.decode(Packed(self.layouts[0], data[..., :split])).flatten(2, 3)
-        v = self.v.decode(Packed(self.layouts[1], data[..., split:])).flatten(2, 3)
+        k = self.k.decode(Packed(k_layout, data[..., : k_layout.nbytes])).flatten(2, 3)
+        v = self.v.decode(Packed(v_layout, data[..., k_layout.nbytes :])).flatten(2, 3)
         offsets = torch.arange(self.block, dtype=torch.int32, device=self.pool.device)
         positions = (self.starts[..., None] + offsets).flatten(2, 3)
         return DenseTier(k.to(self.dtype), v.to(self.dtype), positions, self.lengths)

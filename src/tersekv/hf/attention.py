@@ -15,7 +15,8 @@ from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.layer import Handle
 from tersekv.store import Padding
 
-ROUTES = {"fused": "tersekv", "decoded": "tersekv_decoded"}  # attention functions are named ROUTE:FORMER
+# Attention functions are named ROUTE:FORMER.
+ROUTES = {"fused": "tersekv", "exact": "tersekv_exact", "decoded": "tersekv_decoded"}
 
 
 def is_ours(attention: str | None) -> bool:
@@ -83,7 +84,7 @@ def _forward(
     value: Tensor | Handle,
     attention_mask: ChunkMask | Tensor | None,
     former: str,
-    decode: bool,
+    route: str,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +98,7 @@ def _forward(
         key.layer.cache.rollback()
         raise
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = key.layer.extend(query, key, padding, scale, decode)
+    out = key.layer.extend(query, key, padding, scale, route)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -121,14 +122,15 @@ def _padding(key: Handle, mask: ChunkMask | Tensor | None, kwargs: dict[str, Any
 def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTrainedModel]:
     """Within the block, `model` attends to packed caches where they lie; afterwards it is as before.
 
-    `route="decoded"` unpacks the history at every step instead: the slow check on the fused route.
+    Kernels may multiply codes of up to 4 bits as 8-bit integers; `route="exact"` has them compute in fp32.
+    `route="decoded"` unpacks the history at every step instead: the slow check on the other two.
     Raises ModelError if the model's attention cannot be exchanged.
     """
     if route not in ROUTES:
         raise InputError(f'Unknown route "{route}". {did_you_mean(route, ROUTES)}')
     before = model.config._attn_implementation or "eager"
     name = f"{ROUTES[route]}:{before}"
-    AttentionInterface.register(name, partial(_forward, former=before, decode=route == "decoded"))
+    AttentionInterface.register(name, partial(_forward, former=before, route=route))
     AttentionMaskInterface.register(name, partial(_mask, before))
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:

@@ -116,9 +116,9 @@ class PackedLayer(CacheLayerMixin):
         self.slots = self.slots.grown(key_states.shape[2], padding)
         return torch.cat((old.k, key_states), 2), torch.cat((old.v, value_states), 2)
 
-    def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, decode: bool) -> Tensor:
+    def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, route: str) -> Tensor:
         """Attention output for the handle's tokens, which are stored."""
-        out = self.opened().extend(q, handle.k, handle.v, padding, scale, decode)
+        out = self.opened().extend(q, handle.k, handle.v, padding, scale, route)
         self.slots = self.slots.grown(q.shape[2], padding)
         self.cache.finished(self.index)
         return out

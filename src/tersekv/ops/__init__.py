@@ -1,9 +1,16 @@
 """Operations that have more than one implementation, and which of them runs where."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from tersekv.layout import Layout
 from tersekv.ops import attention as reference
-from tersekv.ops.attention import Pages, Partial, merge
+from tersekv.ops import native
+from tersekv.ops.pages import Pages, Partial
+from tersekv.ops.recipe import Recipe
 
 __all__ = [
     "Implementation",
@@ -14,11 +21,56 @@ __all__ = [
     "attend_dense",
     "attend_pages",
     "explain",
+    "implementation",
+    "implementation_of",
     "merge",
+    "order",
 ]
 
-attend_alone, attend_causal = reference.attend_alone, reference.attend_causal
-attend_dense, attend_pages = reference.attend_dense, reference.attend_pages
+FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's matrix products
+attend_alone = reference.attend_alone
+
+
+def order(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> str:
+    """The storage order in which a side's codes are kept on a device: that of the kernels which run there."""
+    return native.order(layout, recipe, side) if device.type == "cpu" else "linear"
+
+
+def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:
+    """Attention of folded queries over packed pages, in the values' folded domain. See `ops.attention`.
+
+    `exact` computes in fp32 where kernels would multiply codes as 8-bit integers; the reference always does.
+    """
+    if native.reads(pages):
+        return native.attend_pages(q, pages, scale, exact)
+    return reference.attend_pages(q, pages, scale)
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Partial:
+    """Attention over the first `lengths` tokens (b, h) of dense keys and values."""
+    if _native_runs(q):
+        return native.attend_dense(q, k, v, lengths, scale, torch.zeros(len(q), dtype=torch.int64), False)
+    return reference.attend_dense(q, k, v, lengths, scale)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float) -> Partial:
+    """Attention of new tokens among themselves; the first `padding` (b) of each sequence are seen by nobody."""
+    if _native_runs(q):
+        lengths = torch.full(k.shape[:2], k.shape[2], dtype=torch.int64)
+        return native.attend_dense(q, k, v, lengths, scale, padding, True)
+    return reference.attend_causal(q, k, v, padding, scale)
+
+
+def merge(parts: Iterable[Partial]) -> Partial:
+    """Join attention over disjoint token sets. The parts are not to be used afterwards."""
+    whole = list(parts)
+    if native.missing() is None and whole[0][0].device.type == "cpu":
+        return native.merge(whole)
+    return reference.merge(whole)
+
+
+def _native_runs(q: Tensor) -> bool:
+    return native.missing() is None and q.device.type == "cpu" and q.shape[2] <= FEW_QUERIES
 
 
 @dataclass(frozen=True)
@@ -32,8 +84,31 @@ class Implementation:
 
 def explain(device: str = "cpu") -> list[Implementation]:
     """Every implementation for a kind of device ("cpu", "cuda", "mps", ...), the one that runs first."""
-    kernels = {"cpu": "native C++", "cuda": "CUDA"}.get(device, device)
-    return [
-        Implementation("reference", True, "PyTorch in fp32, any device; it specifies the result and is slow."),
-        Implementation(kernels, False, f"This version has no {kernels} kernels yet; the reference runs instead."),
+    slow = Implementation("reference", True, "PyTorch in fp32, any device; it specifies the result and is slow.")
+    if device != "cpu":
+        kernels = {"cuda": "CUDA"}.get(device, device)
+        why = f"This version has no {kernels} kernels yet; the reference runs instead."
+        return [slow, Implementation(kernels, False, why)]
+    if why := native.missing():
+        return [slow, Implementation("native", False, why)]
+    rows = [
+        Implementation(
+            f"native {name}", runs, f"C++ kernels for {needs}." if runs else f"This processor lacks {needs}."
+        )
+        for name, runs, needs in native.isas()
     ]
+    return [*sorted(rows, key=lambda row: not row.runs), slow]
+
+
+def implementation(device: str = "cpu") -> str:
+    """The name of what runs on a kind of device, for reports and records."""
+    return explain(device)[0].name
+
+
+def implementation_of(pages: Pages) -> str:
+    """What attends to these pages: the reference names why nothing faster does."""
+    if native.reads(pages):
+        return implementation("cpu")
+    sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
+    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := native.refusal(layout, recipe))]
+    return f"reference ({'; '.join(reasons)})" if reasons else "reference"

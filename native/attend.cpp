@@ -1,0 +1,117 @@
+#include "attend.h"
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "pool.h"
+
+namespace tersekv {
+
+namespace {
+
+constexpr int64_t SPLIT = 1024;  // tokens of one job: enough jobs for the threads, and the same ones for any number
+
+struct Piece {
+  int head, first_row, rows, part, parts;
+  size_t at;  // of its partial result, in rows
+};
+
+std::vector<Piece> cut(const Attention& a) {
+  std::vector<Piece> pieces;
+  size_t at = 0;
+  for (int head = 0; head < int(a.tokens.size()); head++) {
+    const int64_t length = a.tokens[head].length;
+    const int parts = length > SPLIT ? int((length + SPLIT - 1) / SPLIT) : 1;
+    for (int row = 0; row < a.rows; row += ROWS) {
+      const int rows = a.rows - row < ROWS ? a.rows - row : ROWS;
+      for (int part = 0; part < parts; part++, at += rows) pieces.push_back({head, row, rows, part, parts, at});
+    }
+  }
+  return pieces;
+}
+
+Scratch& scratch() {
+  thread_local std::unique_ptr<Scratch> mine(new Scratch);
+#ifdef TERSEKV_POISON
+  std::memset(static_cast<void*>(mine.get()), 0xff, sizeof(Scratch));
+#endif
+  mine->log8 = log8_values();
+  return *mine;
+}
+
+void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, float* partial) {
+  Job job{a.k, a.v, a.tokens[p.head], a.q + (int64_t(p.head) * a.rows + p.first_row) * a.d, p.rows, a.d, a.n,
+          p.first_row, a.scale, a.exact};
+  const Tokens& whole = a.tokens[p.head];
+  const int64_t first = p.part * SPLIT, last = first + SPLIT;
+  if (first > job.tokens.first) job.tokens.first = first;
+  job.tokens.last = last < whole.length && p.part + 1 < p.parts ? last : whole.length;
+  float max[ROWS], sum[ROWS];
+  kernels.attend(job, scratch(), {partial, max, sum});
+  for (int r = 0; r < p.rows; r++) {  // a partial result is an output and its log-sum-exp, as everywhere else
+    float* out = partial + int64_t(r) * a.d;
+    const float inverse = sum[r] > 0 ? 1 / sum[r] : 0;
+    for (int c = 0; c < a.d; c++) out[c] *= inverse;
+    partial[int64_t(p.rows) * a.d + r] = sum[r] > 0 ? (max[r] + std::log2(sum[r])) * 0.69314718f : -INFINITY;
+  }
+}
+
+void join(const Attention& a, const Piece* pieces, float* partials) {
+  const Piece& p = *pieces;
+  std::vector<float*> outs, lses;
+  for (int i = 0; i < p.parts; i++) {
+    float* partial = partials + pieces[i].at * (a.d + 1);
+    outs.push_back(partial), lses.push_back(partial + int64_t(p.rows) * a.d);
+  }
+  merge(outs.data(), lses.data(), p.parts, p.rows, a.d);
+  const int64_t row = int64_t(p.head) * a.rows + p.first_row;
+  std::memcpy(a.out + row * a.d, outs[0], sizeof(float) * p.rows * a.d);
+  std::memcpy(a.lse + row, lses[0], sizeof(float) * p.rows);
+}
+
+}  // namespace
+
+void attend(const Attention& a, const Kernels& kernels, int threads) {
+  const std::vector<Piece> pieces = cut(a);
+  if (pieces.empty()) return;
+  const size_t rows = pieces.back().at + pieces.back().rows;
+  std::unique_ptr<float[]> partials(new float[rows * (a.d + 1)]);
+  Pool& pool = Pool::shared();
+  pool.run(int(pieces.size()), threads, [&](int i) {
+    run_piece(a, kernels, pieces[i], partials.get() + pieces[i].at * (a.d + 1));
+  });
+  std::vector<const Piece*> firsts;
+  for (const Piece& piece : pieces)
+    if (piece.part == 0) firsts.push_back(&piece);
+  const int workers = rows * a.d > 1 << 16 ? threads : 1;
+  pool.run(int(firsts.size()), workers, [&](int i) { join(a, firsts[i], partials.get()); });
+}
+
+void merge(float* const* outs, float* const* lses, int count, int64_t rows, int d) {
+  for (int64_t r = 0; r < rows; r++) {
+    float top = -INFINITY;
+    for (int i = 0; i < count; i++) top = std::fmax(top, lses[i][r]);
+    if (top == -INFINITY) continue;  // nobody saw a token: part 0 holds zeros already
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += std::exp(lses[i][r] - top);
+    float* out = outs[0] + r * d;
+    for (int i = 0; i < count; i++) {
+      const float share = std::exp(lses[i][r] - top) / sum;
+      const float* other = outs[i] + r * d;
+      for (int c = 0; c < d; c++) out[c] = (i ? out[c] : 0) + share * other[c];
+    }
+    lses[0][r] = top + std::log(sum);
+  }
+}
+
+const float* log8_values() {
+  static const std::vector<float> values = [] {
+    std::vector<float> v(256);
+    for (int i = 1; i < 256; i++) v[i] = float(std::exp2((i - 144) / 12.0));
+    return v;
+  }();
+  return values.data();
+}
+
+}  // namespace tersekv

@@ -1,0 +1,69 @@
+// AVX2, and AVX-VNNI on 256-bit registers where the compiler is told of it.
+#pragma once
+#include <immintrin.h>
+
+#define TERSEKV_WIDTH 32
+#include "../vector.h"
+#include "quad.h"
+
+namespace tersekv::TERSEKV_ISA {
+
+struct Isa : Vector {
+  static constexpr int STRIP = 2;
+
+  static INLINE Bytes look_up(Bytes table, Bytes index, Bytes mask) {
+    return (Bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)(index & mask));
+  }
+  static INLINE Ints dot(Ints sum, Bytes a, int32_t four) {
+    const __m256i b = _mm256_set1_epi32(four);
+#ifdef __AVXVNNI__
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, b);
+#else
+    // Levels and queries are at most 127 in magnitude, so a sum of two products fits 16 bits: no saturation.
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)a, b);
+    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+  }
+  template <int BITS>
+  struct Table {
+    const float* entries;
+    __m256 low, high;
+    explicit Table(const float* table) : entries(table) {
+      float both[16];
+      for (int i = 0; i < 16; i++) both[i] = table[i & ((1 << BITS) - 1)];
+      low = _mm256_loadu_ps(both), high = _mm256_loadu_ps(both + 8);
+    }
+    INLINE Floats operator()(Ints index) const {
+      const __m256i i = (__m256i)index;
+      if constexpr (BITS <= 3) return (Floats)_mm256_permutevar8x32_ps(low, i);
+      if constexpr (BITS == 8) return (Floats)_mm256_i32gather_ps(entries, _mm256_and_si256(i, _mm256_set1_epi32(255)), 4);
+      __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 chooses the half
+      return (Floats)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), upper);
+    }
+  };
+  static INLINE Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+  static INLINE Quad highest(const Floats x[4]) {
+    return (Quad)quad_max((__m256)x[0], (__m256)x[1], (__m256)x[2], (__m256)x[3]);
+  }
+  static INLINE Quad sums(const Floats x[4]) {
+    return (Quad)quad_sum((__m256)x[0], (__m256)x[1], (__m256)x[2], (__m256)x[3]);
+  }
+  static INLINE void store_int8(int8_t* p, Floats x) {
+    const __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
+  }
+  static INLINE Floats from_half(const void* p) {
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static INLINE Floats from_bfloat(const void* p) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16);
+  }
+  static INLINE Floats from_int8(const void* p) {
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  }
+  static INLINE Floats from_log8(const uint8_t* p, const float* table) { return log8_by_table(p, table); }
+};
+
+}  // namespace tersekv::TERSEKV_ISA

@@ -1,0 +1,86 @@
+// AVX-512 with VBMI (byte permutes) and VNNI (dot products of bytes): Ice Lake, Zen 4 and newer.
+#pragma once
+#include <immintrin.h>
+
+#define TERSEKV_WIDTH 64
+#include "../vector.h"
+#include "quad.h"
+
+namespace tersekv::TERSEKV_ISA {
+
+struct Isa : Vector {
+  static constexpr int STRIP = 4;
+
+  // vpermb uses six bits of an index; the table repeats, so what lies above a code in its byte does not matter.
+  static INLINE Bytes look_up(Bytes table, Bytes index, Bytes) {
+    return (Bytes)_mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
+  }
+  static INLINE Ints dot(Ints sum, Bytes a, int32_t four) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(four));
+  }
+  template <int BITS>
+  struct Table {
+    const float* entries;
+    __m512 near;
+    explicit Table(const float* table) : entries(table) {
+      alignas(64) float repeated[16];
+      for (int i = 0; i < 16; i++) repeated[i] = table[i & ((1 << BITS) - 1)];
+      near = _mm512_load_ps(repeated);
+    }
+    INLINE Floats operator()(Ints index) const {
+      if constexpr (BITS <= 4) return (Floats)_mm512_permutexvar_ps((__m512i)index, near);
+      return (Floats)_mm512_i32gather_ps((__m512i)index & _mm512_set1_epi32(255), entries, 4);
+    }
+  };
+  static INLINE float sum(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+  static INLINE Floats max(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+  static INLINE Quad highest(const Floats x[4]) {
+    __m256 half[4];
+    for (int r = 0; r < 4; r++)
+      half[r] = _mm256_max_ps(_mm512_castps512_ps256((__m512)x[r]), _mm512_extractf32x8_ps((__m512)x[r], 1));
+    return (Quad)quad_max(half[0], half[1], half[2], half[3]);
+  }
+  static INLINE Quad sums(const Floats x[4]) {
+    __m256 half[4];
+    for (int r = 0; r < 4; r++)
+      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[r]), _mm512_extractf32x8_ps((__m512)x[r], 1));
+    return (Quad)quad_sum(half[0], half[1], half[2], half[3]);
+  }
+  // As the portable one; vscalefps needs no exponent arithmetic and goes to zero by itself.
+  static INLINE Floats exp2(Floats x) {
+    const __m512 held = _mm512_max_ps((__m512)x, _mm512_set1_ps(-200.f));
+    const __m512 n = _mm512_roundscale_ps(held, _MM_FROUND_TO_NEAREST_INT);
+    const Floats r = (Floats)_mm512_sub_ps(held, n);
+    Floats p = all(1.326472707e-03f);
+    p = p * r + all(9.671512649e-03f);
+    p = p * r + all(5.550733744e-02f);
+    p = p * r + all(2.402224209e-01f);
+    p = p * r + all(6.931469776e-01f);
+    p = p * r + all(1.f);
+    return (Floats)_mm512_scalef_ps((__m512)p, n);
+  }
+  static INLINE void store_int8(int8_t* p, Floats x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+  }
+  static INLINE Floats from_half(const void* p) {
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  static INLINE Floats from_bfloat(const void* p) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16);
+  }
+  static INLINE Floats from_int8(const void* p) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  // Twelve steps an octave: the table's entries 144..155 are 2^(0/12)..2^(11/12), the rest is an exponent.
+  static INLINE Floats from_log8(const uint8_t* p, const float* table) {
+    __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    __m512i octave = _mm512_srli_epi32(_mm512_madd_epi16(code, _mm512_set1_epi32(171)), 11);
+    __m512i step = _mm512_sub_epi32(code, _mm512_madd_epi16(octave, _mm512_set1_epi32(12)));
+    __m512 first = _mm512_permutexvar_ps(step, _mm512_loadu_ps(table + 144));
+    __m512i power = _mm512_slli_epi32(_mm512_sub_epi32(octave, _mm512_set1_epi32(12)), 23);
+    __m512i value = _mm512_add_epi32(_mm512_castps_si512(first), power);
+    return (Floats)_mm512_maskz_mov_ps(_mm512_test_epi32_mask(code, code), _mm512_castsi512_ps(value));
+  }
+};
+
+}  // namespace tersekv::TERSEKV_ISA

@@ -1,0 +1,22 @@
+// Which instruction sets this build holds, and which of them this processor has.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tersekv {
+
+struct Choice {
+  const Kernels* kernels;
+  bool runs;        // on this processor
+  const char* why;  // what it needs
+};
+
+// Best first; the portable one is last and runs everywhere.
+const std::vector<Choice>& choices();
+
+// By name, or the best for an empty one. Throws std::invalid_argument that says what is allowed.
+const Kernels& choose(const std::string& name);
+
+}  // namespace tersekv

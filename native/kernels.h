@@ -1,0 +1,62 @@
+// The kernels of one instruction set, and the scratch memory that one call of them needs.
+#pragma once
+#include "pages.h"
+
+namespace tersekv {
+
+constexpr int ROWS = 64;   // query rows of one job, at most: their sums stay in the second-level cache
+constexpr int STRIP = 4;   // query rows that share one pass over a block, at most
+constexpr int TILE = 4;    // blocks that share one step of the running softmax, at most
+constexpr int LANES = 16;  // floats of the widest register
+
+// Query rows of a job, prepared for the keys of a block.
+struct alignas(64) Queries {
+  float scaled[ROWS * MAX_HEAD_DIM];      // folded, times the softmax scale, in units of log2
+  float by_channel[ROWS * MAX_HEAD_DIM];  // the same times the channel scales of a block's keys
+  int8_t int8[ROWS * MAX_HEAD_DIM];
+  float total[ROWS];                      // sum over channels
+  float gain[ROWS], shift[ROWS];          // a dot product in levels times gain plus shift is one in table entries
+  const float* folded;                    // `scaled` or `by_channel`
+};
+
+// The running softmax of a job's rows, in lanes that are added up at the end.
+struct alignas(64) Sums {
+  float mass[ROWS * LANES];    // of exponentials
+  float common[ROWS * LANES];  // what every channel of the output gets alike
+};
+
+// What is read from a block once for all rows.
+struct alignas(64) Block {
+  float k_scale[BLOCK], k_zero[BLOCK], v_scale[BLOCK], v_zero[BLOCK];
+  float channel[MAX_HEAD_DIM], v_channel_scale[MAX_HEAD_DIM], v_channel_zero[MAX_HEAD_DIM];
+  float bias[ROWS];  // product of each query with the keys' channel zeros
+  float q_gain[ROWS], q_shift[ROWS];
+  uint8_t k_levels[BLOCK * MAX_HEAD_DIM], v_levels[BLOCK * MAX_HEAD_DIM];
+  const uint8_t *k, *v;
+  int64_t ahead;  // bytes to the page of the next block
+  int first, last;  // the tokens of the block that count
+};
+
+// Scores and weights of one strip over the blocks of a tile.
+struct alignas(64) Strip {
+  float scores[TILE][STRIP * BLOCK], weights[TILE][STRIP * BLOCK];
+  int8_t int8[TILE][STRIP * BLOCK];
+  float gain[TILE][STRIP], shift[TILE][STRIP], mass[TILE][STRIP];
+  float fade[STRIP], nothing[STRIP], one[STRIP];
+  float mixed[STRIP * MAX_HEAD_DIM];
+};
+
+struct Scratch {
+  Queries q;
+  Sums sums;
+  Block block[TILE];
+  Strip strip;
+  const float* log8;  // what the 256 codes of a logarithmic scale stand for
+};
+
+struct Kernels {
+  const char* name;
+  void (*attend)(const Job&, Scratch&, Partial);
+};
+
+}  // namespace tersekv

@@ -1,0 +1,62 @@
+// What kernels see of packed pages and dense tokens. Plain data: no ISA, no Python.
+#pragma once
+#include <cstdint>
+
+namespace tersekv {
+
+constexpr int BLOCK = 64;        // tokens that are encoded together
+constexpr int MAX_HEAD_DIM = 512;
+
+enum class Kind : int { none, fp32, fp16, bf16, log8, int8 };
+
+// One plane of numbers inside a block: bytes from the block's start. `step` multiplies "int8" numbers.
+struct Plane {
+  Kind kind = Kind::none;
+  int offset = 0;
+  int step = -1;
+  explicit operator bool() const { return kind != Kind::none; }
+};
+
+// How the keys or the values of a block become numbers: the `grid` recipe, or `dense` if `bits` is 0.
+struct Side {
+  int bits = 0;                  // of a code; 0: plane `values` holds the numbers themselves
+  int start = 0;                 // of this side in the page
+  int codes = 0;                 // offset of the codes plane, in the simd order of its side
+  Plane values;                  // dense only
+  Plane scale, zero;             // one number for each token
+  Plane channel_scale, channel_zero;  // one number for each channel
+  float table[256] = {};         // what a code stands for
+  float step = 0, low = 0;       // table[i] is near low + step * levels[i]
+  uint8_t levels[64] = {};       // the table on 0..127, repeated to 64 entries so that a look-up may ignore high bits
+};
+
+// Where the tokens of one (sequence, KV head) lie. Either pages behind a table, or rows of a dense tensor.
+struct Tokens {
+  const uint8_t* pool = nullptr;
+  int64_t page_bytes = 0;
+  const int32_t* table = nullptr;             // page of each block
+  const uint8_t *k = nullptr, *v = nullptr;   // dense: first token's channels
+  int64_t k_stride = 0, v_stride = 0;         // dense: bytes between tokens
+  int64_t first = 0, length = 0;              // tokens first..length count
+  int64_t last = 0;                           // of them, those below this one are this job's
+  bool causal = false;                        // dense: query i of n sees tokens up to length - n + i
+};
+
+// Running softmax of some query rows: `out` is not yet divided by `sum`.
+struct Partial {
+  float* out;   // rows x d
+  float* max;
+  float* sum;
+};
+
+struct Job {
+  const Side *k, *v;
+  Tokens tokens;
+  const float* q;   // rows x d, folded
+  int rows, d, n;   // row r is query r % n of its head
+  int first_row;    // of this job among the rows of its KV head
+  float scale;
+  bool exact;       // fp32 look-ups and products instead of int8
+};
+
+}  // namespace tersekv

@@ -1,0 +1,76 @@
+#include "pool.h"
+
+namespace tersekv {
+
+Pool& Pool::shared() {
+  static Pool pool;
+  return pool;
+}
+
+Pool::~Pool() {
+  {
+    std::lock_guard lock(state_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Pool::run(int count, int threads, const std::function<void(int)>& task) {
+  std::unique_lock alone(busy_, std::try_to_lock);
+  if (threads <= 1 || count <= 1 || !alone.owns_lock()) {
+    for (int i = 0; i < count; i++) task(i);
+    return;
+  }
+  grow(threads - 1);
+  {
+    std::lock_guard lock(state_);
+    task_ = &task, count_ = count, next_ = 0, allowed_ = threads - 1, generation_++;
+  }
+  wake_.notify_all();
+  take_tasks(task);
+  std::unique_lock lock(state_);
+  allowed_ = 0;  // whoever wakes up only now finds nothing to do
+  done_.wait(lock, [this] { return running_ == 0; });
+  task_ = nullptr;
+}
+
+void Pool::grow(int workers) {
+  while (int(threads_.size()) < workers) {
+    const int index = int(threads_.size());
+    threads_.emplace_back([this, index] { work(index); });
+  }
+}
+
+void Pool::work(int index) {
+  unsigned seen = 0;
+  for (;;) {
+    const std::function<void(int)>* task;
+    {
+      std::unique_lock lock(state_);
+      wake_.wait(lock, [&] { return stop_ || (generation_ != seen && index < allowed_); });
+      if (stop_) return;
+      seen = generation_, task = task_, running_++;
+    }
+    take_tasks(*task);
+    {
+      std::lock_guard lock(state_);
+      running_--;
+    }
+    done_.notify_one();
+  }
+}
+
+void Pool::take_tasks(const std::function<void(int)>& task) {
+  for (;;) {
+    int i;
+    {
+      std::lock_guard lock(state_);
+      if (next_ >= count_) return;
+      i = next_++;
+    }
+    task(i);
+  }
+}
+
+}  // namespace tersekv

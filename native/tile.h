@@ -1,0 +1,159 @@
+// The `grid` recipe on codes in the simd order: scores of keys, and sums of values, for R query rows at a time.
+//
+// Keys: a unit is 64 tokens x 8 channels, values: 16 channels x 32 tokens; either way 512 codes in BITS vectors of
+// 64 bytes. Field f of a unit is one code in each byte. Keys: field f holds tokens 16 (f % 4).. and channels
+// 4 (f / 4)..; values: tokens 4 f... Byte p belongs to lane p / 4 (a token of keys, a channel of values), and the four
+// bytes of a lane are summed by one dot product, so neither side needs a horizontal sum.
+#pragma once
+#include "vector.h"
+
+namespace tersekv::TERSEKV_ISA {
+
+constexpr int VECTOR = 64;            // bytes; narrower registers take it in parts
+constexpr int PARTS = VECTOR / Isa::WIDTH;
+constexpr int LOOKED_UP = 8;          // as BITS of the int8 kernels: the bytes are levels already
+
+using Bytes = Isa::Bytes;
+using Ints = Isa::Ints;
+using Floats = Isa::Floats;
+
+// The eight fields of a unit, as far as one register reaches. Higher bits of a byte hold other fields.
+template <int BITS>
+INLINE void unpack(const uint8_t* unit, Bytes field[8]) {
+  using Pairs = Isa::Pairs;
+  Pairs word[BITS];
+  for (int i = 0; i < BITS; i++) word[i] = Isa::load<Pairs>(unit + VECTOR * i);
+  if constexpr (BITS == 3) {
+    const Pairs low = (Pairs)Isa::all_bytes(3);
+    for (int f = 0; f < 6; f++) field[f] = (Bytes)(word[f % 3] >> 3 * (f / 3));
+    // The two top bits of three words make two more fields: two bits from one word, the third from the last.
+    field[6] = (Bytes)(((word[0] >> 6) & low) | ((word[2] >> 4) & ~low));
+    field[7] = (Bytes)(((word[1] >> 6) & low) | ((word[2] >> 5) & ~low));
+  } else {
+    constexpr int EACH = 8 / BITS;
+    for (int f = 0; f < 8; f++) field[f] = (Bytes)(word[f / EACH] >> BITS * (f % EACH));
+  }
+}
+
+template <int BITS>
+struct Levels {
+  Bytes table, mask = Isa::all_bytes((1 << (BITS & 7)) - 1);
+  explicit Levels(const uint8_t* levels) : table(Isa::load<Bytes>(levels)) {}
+  INLINE void operator()(const uint8_t* unit, Bytes out[8]) const {
+    Bytes field[8];
+    unpack<BITS>(unit, field);
+    for (int f = 0; f < 8; f++) out[f] = BITS == LOOKED_UP ? field[f] : Isa::look_up(table, field[f], mask);
+  }
+};
+
+INLINE int32_t four(const int8_t* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+// Asks for a unit of the page that comes next: pages lie where the table says, which no hardware foresees.
+template <int BITS>
+INLINE void prefetch(const uint8_t* unit, int part) {
+  if (part == 0)
+    for (int i = 0; i < BITS; i++) __builtin_prefetch(unit + VECTOR * i, 0, 2);
+}
+
+// dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly. `ahead`: bytes from these codes to the next block's.
+template <int BITS, int R>
+void score_int8(const uint8_t* levels, const uint8_t* codes, int64_t ahead, int d, const int8_t* q, float* dots) {
+  const Levels<BITS> look_up(levels);
+  for (int part = 0; part < PARTS; part++) {
+    Ints sum[4][R] = {};
+    for (int u = 0; u < d / 8; u++) {
+      prefetch<BITS>(codes + ahead + u * VECTOR * BITS, part);
+      Bytes level[8];
+      look_up(codes + u * VECTOR * BITS + part * Isa::WIDTH, level);
+      for (int half = 0; half < 2; half++)
+        for (int r = 0; r < R; r++) {
+          const int32_t queries = four(q + r * d + 8 * u + 4 * half);
+          for (int tile = 0; tile < 4; tile++)
+            sum[tile][r] = Isa::dot(sum[tile][r], level[4 * half + tile], queries);
+        }
+    }
+    for (int r = 0; r < R; r++)
+      for (int tile = 0; tile < 4; tile++)
+        Isa::store(dots + BLOCK * r + 16 * tile + Isa::LANES * part, Isa::to_floats(sum[tile][r]));
+  }
+}
+
+// out[r][c] = out[r][c] * fade[r] + gain[r] * (sum over tokens of w[r][j] * level[j][c], exactly).
+template <int BITS, int R>
+void mix_int8(const uint8_t* levels, const uint8_t* codes, int64_t ahead, int d, const int8_t* w, const float* fade,
+              const float* gain, float* out) {
+  const Levels<BITS> look_up(levels);
+  for (int tile = 0; tile < d / 16; tile++)
+    for (int part = 0; part < PARTS; part++) {
+      Ints sum[R] = {};
+      for (int half = 0; half < 2; half++) {
+        const uint8_t* unit = codes + (2 * tile + half) * VECTOR * BITS;
+        prefetch<BITS>(unit + ahead, part);
+        Bytes level[8];
+        look_up(unit + part * Isa::WIDTH, level);
+        for (int f = 0; f < 8; f++)
+          for (int r = 0; r < R; r++)
+            sum[r] = Isa::dot(sum[r], level[f], four(w + BLOCK * r + 32 * half + 4 * f));
+      }
+      for (int r = 0; r < R; r++)
+        Isa::add_to(out + r * d + 16 * tile + Isa::LANES * part, fade[r], gain[r], Isa::to_floats(sum[r]));
+    }
+}
+
+// The same two in fp32: q and w are floats, and a code stands for its table entry.
+template <int BITS, int R>
+void score_exact(const float* entries, const uint8_t* codes, int64_t, int d, const float* q, float* dots) {
+  const Isa::Table<BITS> table(entries);
+  for (int part = 0; part < PARTS; part++) {
+    Floats sum[4][R] = {};
+    for (int u = 0; u < d / 8; u++) {
+      Bytes field[8];
+      unpack<BITS>(codes + u * VECTOR * BITS + part * Isa::WIDTH, field);
+      for (int i = 0; i < 8; i++)
+        for (int tile = 0; tile < 4; tile++) {
+          const Floats value = table((Ints)field[4 * (i / 4) + tile] >> 8 * (i % 4));
+          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+      for (int tile = 0; tile < 4; tile++)
+        Isa::store(dots + BLOCK * r + 16 * tile + Isa::LANES * part, sum[tile][r]);
+  }
+}
+
+template <int BITS, int R>
+void mix_exact(const float* entries, const uint8_t* codes, int64_t, int d, const float* w, const float* fade,
+               const float* gain, float* out) {
+  const Isa::Table<BITS> table(entries);
+  for (int tile = 0; tile < d / 16; tile++)
+    for (int part = 0; part < PARTS; part++) {
+      Floats sum[R] = {};
+      for (int half = 0; half < 2; half++) {
+        Bytes field[8];
+        unpack<BITS>(codes + (2 * tile + half) * VECTOR * BITS + part * Isa::WIDTH, field);
+        for (int i = 0; i < 32; i++) {
+          const Floats value = table((Ints)field[i / 4] >> 8 * (i % 4));
+          for (int r = 0; r < R; r++) sum[r] += value * Isa::all(w[BLOCK * r + 32 * half + i]);
+        }
+      }
+      for (int r = 0; r < R; r++) Isa::add_to(out + r * d + 16 * tile + Isa::LANES * part, fade[r], gain[r], sum[r]);
+    }
+}
+
+// Looked-up levels of a whole block, in the order of its codes: worth it when many query rows share them.
+template <int BITS>
+void look_up_block(const uint8_t* levels, const uint8_t* codes, int units, uint8_t* out) {
+  const Levels<BITS> look_up(levels);
+  for (int u = 0; u < units; u++)
+    for (int part = 0; part < PARTS; part++) {
+      Bytes level[8];
+      look_up(codes + u * VECTOR * BITS + part * Isa::WIDTH, level);
+      for (int f = 0; f < 8; f++) Isa::store(out + (8 * u + f) * VECTOR + part * Isa::WIDTH, level[f]);
+    }
+}
+
+}  // namespace tersekv::TERSEKV_ISA

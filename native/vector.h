@@ -1,0 +1,135 @@
+// Arithmetic that GCC and Clang vectorise by themselves, over registers of TERSEKV_WIDTH bytes, which the ISA's header
+// defines before it includes this one. The ISA adds what compilers cannot do. (The width is a macro, because GCC ignores
+// a vector size that depends on a template parameter.)
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace tersekv::TERSEKV_ISA {
+
+#define INLINE inline __attribute__((always_inline))
+
+struct Vector {
+  static constexpr int WIDTH = TERSEKV_WIDTH, LANES = WIDTH / 4;
+  typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+  typedef uint16_t Pairs __attribute__((vector_size(WIDTH)));
+  typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+  typedef float Floats __attribute__((vector_size(WIDTH)));
+  typedef float Quad __attribute__((vector_size(16)));  // one number for each row of a strip
+  typedef int32_t QuadInts __attribute__((vector_size(16)));
+
+  template <class T>
+  static INLINE T load(const void* p) {
+    T x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  template <class T>
+  static INLINE void store(void* p, T x) {
+    std::memcpy(p, &x, sizeof x);
+  }
+  static INLINE Floats all(float x) { return x - Floats{}; }
+  static INLINE Ints all(int32_t x) { return x - Ints{}; }
+  static INLINE Bytes all_bytes(uint8_t x) { return x - Bytes{}; }
+  static INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  static INLINE Quad max_quad(Quad a, Quad b) { return a > b ? a : b; }
+  static INLINE Floats abs(Floats x) { return (Floats)((Ints)x & all(0x7fffffff)); }
+  static INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+  // out = out * fade + x * gain
+  static INLINE void add_to(float* out, float fade, float gain, Floats x) {
+    store(out, load<Floats>(out) * fade + x * gain);
+  }
+
+  static INLINE float sum(Floats x) {
+    float out = 0;
+    for (int i = 0; i < LANES; i++) out += x[i];
+    return out;
+  }
+  static INLINE Quad highest(const Floats x[4]) {
+    Quad out;
+    for (int r = 0; r < 4; r++) {
+      out[r] = x[r][0];
+      for (int i = 1; i < LANES; i++) out[r] = x[r][i] > out[r] ? x[r][i] : out[r];
+    }
+    return out;
+  }
+  static INLINE Quad sums(const Floats x[4]) {
+    Quad out = {};
+    for (int r = 0; r < 4; r++)
+      for (int i = 0; i < LANES; i++) out[r] += x[r][i];
+    return out;
+  }
+
+  // Nearest integer, half to even, of |x| < 2^22, left as the bits of a float: the low 23 bits are the integer.
+  static INLINE Floats rounded(Floats x) { return (x + all(12582912.f)); }
+
+  // 2^x for x <= 0, relative error below 2^-22; 0 below -126, where fp32 leaves its normal range.
+  template <class F, class I>
+  static INLINE F power_of_two(F x) {
+    const F held = x > F{} - 126.f ? x : F{} - 126.f;
+    const F shifted = held + 12582912.f;  // 1.5 * 2^23: the integer part is in the low bits
+    const F r = held - (shifted - 12582912.f);
+    F p = F{} + 1.326472707e-03f;
+    p = p * r + 9.671512649e-03f;
+    p = p * r + 5.550733744e-02f;
+    p = p * r + 2.402224209e-01f;
+    p = p * r + 6.931469776e-01f;
+    p = p * r + 1.f;
+    const F power = (F)(((I)shifted + 127) << 23);
+    return x < F{} - 126.f ? F{} : p * power;
+  }
+  static INLINE Floats exp2(Floats x) { return power_of_two<Floats, Ints>(x); }
+
+  static INLINE float half(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+    float magnitude;
+    if (rest >= 0x7c00) {
+      uint32_t bits = 0x7f800000u | (rest & 0x3ff) << 13;
+      std::memcpy(&magnitude, &bits, 4);
+    } else {
+      uint32_t bits = rest << 13;
+      std::memcpy(&magnitude, &bits, 4);
+      magnitude *= 5.192296858534828e33f;  // 2^112: exact, subnormal halves included
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, 4);
+    bits |= sign;
+    std::memcpy(&magnitude, &bits, 4);
+    return magnitude;
+  }
+  static INLINE Floats half_to_float(const void* p) {
+    Floats out;
+    for (int i = 0; i < LANES; i++) {
+      uint16_t h;
+      std::memcpy(&h, static_cast<const uint8_t*>(p) + 2 * i, 2);
+      out[i] = half(h);
+    }
+    return out;
+  }
+  static INLINE Floats from_bfloat(const void* p) {
+    Ints bits;
+    for (int i = 0; i < LANES; i++) {
+      uint16_t h;
+      std::memcpy(&h, static_cast<const uint8_t*>(p) + 2 * i, 2);
+      bits[i] = int32_t(uint32_t(h) << 16);
+    }
+    return (Floats)bits;
+  }
+  static INLINE Floats from_int8(const void* p) {
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = static_cast<const int8_t*>(p)[i];
+    return to_floats(out);
+  }
+  static INLINE Floats log8_by_table(const uint8_t* p, const float* table) {
+    Floats out;
+    for (int i = 0; i < LANES; i++) out[i] = table[p[i]];
+    return out;
+  }
+  // The low bytes of a `rounded` register.
+  static INLINE void store_int8(int8_t* p, Floats x) {
+    for (int i = 0; i < LANES; i++) p[i] = int8_t(((Ints)x)[i]);
+  }
+};
+
+}  // namespace tersekv::TERSEKV_ISA
