@@ -54,7 +54,7 @@ SIMD_BITS = (1, 2, 3, 4, 8)  # widths of which whole codes, or two spare bits of
 
 
 def _simd_fields(bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each bit of a unit's `bits` vectors, (vector, bit in its byte): which of eight fields, which bit of a code."""
+    """Which of eight fields, and which bit of its code, each bit of a byte holds in each of a unit's `bits` vectors."""
     vector, bit = np.indices((bits, 8))
     if bits != 3:
         return vector * (8 // bits) + bit // bits, bit % bits
@@ -149,8 +149,8 @@ class Layout:
             raise SpecError(f'Unknown storage order "{order}". Allowed: {", ".join(ORDERS)}.')
         if not self.takes(order):
             raise SpecError(
-                f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples of "
-                f"16, not {self.nominal_bits} bits at {self.d}. Keep the linear order."
+                f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples "
+                f"of 16, not {self.nominal_bits} bits at {self.d}. Keep the linear order."
             )
         planes = (replace(p, order=order) if p.kind == "code" else p for p in self.planes)
         return replace(self, planes=tuple(planes))

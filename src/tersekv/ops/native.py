@@ -78,7 +78,7 @@ def _outputs(q: Tensor) -> Partial:
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa: str = "") -> Partial:
-    """As `ops.attention.attend_pages`. `exact` computes in fp32; otherwise codes of 1 to 4 bits are multiplied as int8."""
+    """As `ops.attention.attend_pages`; codes of 1 to 4 bits are multiplied as int8 unless `exact`, and then as fp32."""
     out, lse = _outputs(q)
     k = _side(pages.k_layout, pages.k_recipe, 0)
     v = _side(pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
@@ -90,7 +90,7 @@ def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, padding: Tensor, causal: bool, isa: str = ""
 ) -> Partial:
-    """Of the first `lengths` tokens without the first `padding` of each sequence; `causal`: the last n are the queries'."""
+    """Of tokens `padding` to `lengths` of each sequence; `causal`: the last n are the queries' own."""
     out, lse = _outputs(q)
     arrays = q.float().contiguous(), k, v, lengths, padding
     _native.attend_dense(*arrays, causal, scale, isa, torch.get_num_threads(), out, lse)
