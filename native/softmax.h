@@ -21,6 +21,7 @@ struct Softmax {
   Sums& sums;
   Strip& strip;
   const int row;
+  const Ahead* ahead;
   const bool all_seen;  // every row sees every token of the tile
 
   // Scores in units of log2; returns each row's highest.
@@ -78,6 +79,7 @@ struct Softmax {
           Isa::store(strip.weights[b] + BLOCK * i + j, w);
         }
         total[i] += mass[i];
+        ahead[b](i);
       }
       largest[b] = Isa::highest(most);
       if (job.v->channel_zero) Isa::store(strip.mass[b], Isa::sums(mass));
