@@ -69,7 +69,7 @@ class Run {
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
 
   void begin() {
-    for (int r = 0; r < ROWS; r++) out_.max[r] = -INFINITY;
+    for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
     std::memset(out_.out, 0, sizeof(float) * job_.rows * d_);
     std::memset(&sums_, 0, sizeof sums_);
     std::memset(&strip_, 0, sizeof strip_);
@@ -105,7 +105,7 @@ class Run {
   }
 
   void quantise(int r, const float* row, float largest) {
-    const float inverse = largest > 0 ? 127 / largest : 0, step = largest / 127;
+    const float inverse = largest > TINY ? 127 / largest : 0, step = largest / 127;
     int total = 0;
     for (int c = 0; c < d_; c++) {
       const int x = int((row[c] * inverse + 12582912.f) - 12582912.f);

@@ -11,6 +11,8 @@ namespace tersekv::TERSEKV_ISA {
 
 using Quad = Isa::Quad;
 
+constexpr float TINY = 1e-30f;  // what is quantised by a smaller magnitude is 0: 127 over it would be infinite
+
 // R rows from `row` on. ZERO: keys or values have token zeros.
 template <int R, bool ZERO>
 struct Softmax {
@@ -90,7 +92,7 @@ struct Softmax {
   // Weights to -127..127 of each block's largest; the table's low end adds the same to every channel.
   INLINE void quantise(const Quad largest[TILE], Floats common[TILE][4]) {
     for (int b = 0; b < count; b++) {
-      const Quad step = largest[b] / 127.f, inverse = largest[b] > Quad{} ? 127.f / largest[b] : Quad{};
+      const Quad step = largest[b] / 127.f, inverse = largest[b] > Quad{} + TINY ? 127.f / largest[b] : Quad{};
       Isa::store(strip.gain[b], step * job.v->step);
       for (int i = 0; i < R; i++) {
         Floats total = {};
