@@ -2,18 +2,10 @@
 
 namespace tersekv {
 
+// Never destroyed: its threads are not there to be joined in a forked process, nor while libraries are unloaded.
 Pool& Pool::shared() {
-  static Pool pool;
-  return pool;
-}
-
-Pool::~Pool() {
-  {
-    std::lock_guard lock(state_);
-    stop_ = true;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  static Pool* pool = new Pool;
+  return *pool;
 }
 
 void Pool::run(int count, int threads, const std::function<void(int)>& task) {
@@ -48,8 +40,7 @@ void Pool::work(int index) {
     const std::function<void(int)>* task;
     {
       std::unique_lock lock(state_);
-      wake_.wait(lock, [&] { return stop_ || (generation_ != seen && index < allowed_); });
-      if (stop_) return;
+      wake_.wait(lock, [&] { return generation_ != seen && index < allowed_; });
       seen = generation_, task = task_, running_++;
     }
     take_tasks(*task);
