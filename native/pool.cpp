@@ -1,11 +1,32 @@
 #include "pool.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 namespace tersekv {
 
-// Never destroyed: its threads are not there to be joined in a forked process, nor while libraries are unloaded.
+namespace {
+
+Pool* shared_pool;
+
+void renew() { shared_pool = new Pool; }
+
+void start() {
+  renew();
+#if defined(__unix__) || defined(__APPLE__)
+  // A forked process has none of the threads, but a condition variable that waits for them.
+  pthread_atfork(nullptr, nullptr, renew);
+#endif
+}
+
+}  // namespace
+
+// Never destroyed: while a process ends, its threads may be gone already.
 Pool& Pool::shared() {
-  static Pool* pool = new Pool;
-  return *pool;
+  static std::once_flag once;
+  std::call_once(once, start);
+  return *shared_pool;
 }
 
 void Pool::run(int count, int threads, const std::function<void(int)>& task) {
