@@ -80,7 +80,7 @@ def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:
     return plane.name, plane.kind, layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)
 
 
-def _outputs(q: Tensor) -> Partial:
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:-1], dtype=torch.float32)
 
 
