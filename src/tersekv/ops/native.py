@@ -101,3 +101,8 @@ def merge(parts: list[Partial]) -> Partial:
     """Joins the parts in place: the first one becomes the whole."""
     _native.merge([out for out, _ in parts], [lse for _, lse in parts])
     return parts[0]
+
+
+def read_memory(data: Tensor, streams: int, threads: int) -> None:
+    """Read all bytes of `data`, in `streams` places at a time: what memory gives at best. See `bench.timing`."""
+    _native.read_memory(data, streams, threads)
