@@ -27,6 +27,7 @@ VERBS = {
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],
+    "bench-decode": ["bench", "decode"],
 }
 SCRIPT = """
 import sys

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from tersekv.bench import attend_tables
+from tersekv.bench import attend_tables, decode_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, did_you_mean
@@ -52,7 +52,10 @@ def _costs(spec: str, d: int) -> tuple[str, ...]:
     return f"{bits['k']:.3f}, {bits['v']:.3f}", f"{held:.2f}", f"{4 * d / held:.2f}"
 
 
-PARTS = {"attend": attend_tables.tables}  # records of several tables, and what makes them
+PARTS = {
+    "attend": attend_tables.tables,
+    "decode": decode_tables.tables,
+}  # records of several tables, and what makes them
 
 
 def _table(record: dict[str, Any]) -> Table:

@@ -47,15 +47,16 @@ class Grid:
 
 def grid_of(lists: dict[str, str], rounds: int) -> Grid:
     """A grid from the options of the command line, each a list with commas."""
-    values: dict[str, Any] = {}
-    for option, text in lists.items():
-        words = [word.strip() for word in text.split(",")]
-        if option != "heads" and not all(map(str.isdigit, words)):
-            raise InputError(
-                f'--{option.replace("_", "-")} "{text}": whole numbers with commas, for example 1024,4096.'
-            )
-        values[option] = tuple(words if option == "heads" else map(int, words))
-    return Grid(**values, rounds=rounds)
+    values: dict[str, Any] = {name: whole_numbers(name, text) for name, text in lists.items() if name != "heads"}
+    return Grid(**values, heads=tuple(map(str.strip, lists.get("heads", "32/8").split(","))), rounds=rounds)
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(map(str.isdigit, words)):
+        flag = option.replace("_", "-")
+        raise InputError(f'--{flag} "{text}": whole numbers with commas between them, for example 1024,4096.')
+    return tuple(map(int, words))
 
 
 def read_grids(path: Path) -> list[Grid]:

@@ -90,3 +90,52 @@ def bench_attend(
     if out is not None:
         write(result.as_dict(), out)
     show(result, json)
+
+
+@bench.command(name="decode")
+def bench_decode(
+    *,
+    model: str = "smollm2",
+    contexts: str = "512,2048,8192",
+    specs: str = "terse4,terse3",
+    dtypes: str = "bfloat16,float32",
+    new_tokens: int = 32,
+    threads: int = 1,
+    memory: bool = True,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Tokens a second of a whole model beside the dense cache, quanto and llama.cpp, and the memory of the process.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m or a GGUF file, so that llama.cpp runs the same weights.
+    contexts
+        Context lengths, with commas; each ends with the new tokens.
+    specs
+        Our caches: presets or specs, with a semicolon between them if one has a comma.
+    dtypes
+        Of the model. The dense cache runs in each of them, all others in the first.
+    new_tokens
+        Tokens that each contestant decodes, in turn with the others.
+    threads
+        Threads of every contestant.
+    memory
+        Also measure the peak memory of a process with the dense cache and with each of ours.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench.attend import whole_numbers
+    from tersekv.bench.decode import decode
+    from tersekv.bench.decode_tables import DecodeResult
+    from tersekv.record import write
+
+    asked = [spec.strip() for spec in specs.split(";" if ";" in specs else ",")]
+    lengths = list(whole_numbers("contexts", contexts))
+    with Stages() as stages:
+        found = decode(model, lengths, asked, dtypes.split(","), stages, new_tokens, threads, memory)
+    result = DecodeResult(found)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
