@@ -27,6 +27,7 @@ def decode(
     new_tokens: int = 32,
     threads: int = 1,
     memory: bool = True,
+    llama_cpp: bool = True,
 ) -> dict[str, Any]:
     """The record. Each context is read but for `new_tokens`, which all contestants then decode in turn."""
     if threads < 1 or new_tokens < 1 or min(contexts) <= new_tokens:
@@ -35,7 +36,7 @@ def decode(
             "and contexts longer than the new tokens."
         )
     with torch_threads(threads), torch.inference_mode():
-        decoders = Decoders(model, dtypes, specs, threads, stages)
+        decoders = Decoders(model, dtypes, specs, threads, llama_cpp, stages)
         try:
             limit = getattr(decoders.packed.config, "max_position_embeddings", MOST)
             if max(contexts) > limit:

@@ -54,7 +54,7 @@ def measure(model: str, dtype: str, spec: str, tokens: int, threads: int) -> dic
 
 
 def since_now() -> int:
-    """Bytes resident now; on Linux the peak starts anew from here, so that loading the model does not hide the cache."""
+    """Bytes resident now. On Linux the peak starts anew here: loading the model must not hide the cache."""
     if not STATUS.is_file():
         return peak()
     Path("/proc/self/clear_refs").write_text("5")

@@ -102,6 +102,7 @@ def bench_decode(
     new_tokens: int = 32,
     threads: int = 1,
     memory: bool = True,
+    llama_cpp: bool = True,
     out: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -123,6 +124,8 @@ def bench_decode(
         Threads of every contestant.
     memory
         Also measure the peak memory of a process with the dense cache and with each of ours.
+    llama_cpp
+        Whether llama.cpp takes part: its prefill of 8,192 tokens takes minutes for each kind of cache.
     out
         Write the record to this JSON file.
     """
@@ -134,7 +137,7 @@ def bench_decode(
     asked = [spec.strip() for spec in specs.split(";" if ";" in specs else ",")]
     lengths = list(whole_numbers("contexts", contexts))
     with Stages() as stages:
-        found = decode(model, lengths, asked, dtypes.split(","), stages, new_tokens, threads, memory)
+        found = decode(model, lengths, asked, dtypes.split(","), stages, new_tokens, threads, memory, llama_cpp)
     result = DecodeResult(found)
     if out is not None:
         write(result.as_dict(), out)
