@@ -25,12 +25,12 @@ class DecodeResult:
 
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
+    memory = {"memory": _memory(record)} if record["memory"] else {}
     return {
         "tokens": _by_context(record, "tokens a second", lambda row: times_text(row["tokens_per_second"], 1)),
         "prefill": _by_context(record, "seconds of the prefill", lambda row: f"{row['prefill_seconds']:.1f}"),
         "faster": _faster(record),
-        "memory": _memory(record),
-    }
+    } | memory
 
 
 def _by_context(record: dict[str, Any], title: str, cell: Any) -> Table:
