@@ -6,6 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 DEMO := .venv/installed-for-demo
 DEV := .venv/installed-for-development
 PEERS := .venv/installed-for-comparison
+SOURCES := pyproject.toml constraints.txt $(wildcard native/*.* native/isa/*)
 
 .PHONY: demo test lint bench
 
@@ -14,7 +15,7 @@ demo: $(DEMO)
 
 # One thread for each of the two test workers: torch would otherwise start one for every core in both.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/ruff check
@@ -28,12 +29,12 @@ bench: $(PEERS)
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+$(DEMO): $(SOURCES) | $(BIN)/python
 	@echo "installing tersekv and transformers into .venv (once, some minutes)"
 	$(INSTALL) --editable ".[hf]"
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): $(SOURCES) | $(BIN)/python
 	@echo "installing the development set into .venv (once, some minutes)"
 	$(INSTALL) --editable ".[hf,plots,dev]"
 	@touch $@ $(DEMO)

@@ -35,7 +35,7 @@ def record() -> dict[str, Any]:
 
 def test_rows_are_complete_and_the_record_is_json(record: dict[str, Any]) -> None:
     assert json.loads(json.dumps(record))["bench"] == "attend"
-    for key in ("commit", "versions", "processor", "date", "implementation", "settings", "absent"):
+    for key in ("commit", "versions", "device", "date", "implementation", "settings", "absent"):
         assert record[key] or key == "absent"
     assert [(case["grid"], case["t"], case["n"]) for case in record["cases"]] == [
         ("main", 200, 1),

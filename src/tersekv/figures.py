@@ -29,9 +29,8 @@ def caption(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {text}" for name, text in record["versions"].items())
     where = f"{record['device']}, ops: {record['implementation']}, {versions}"
     made = f"{where}, commit {record['commit'][:10]}, {record['date']}."
-    if "processor" in record:
-        threads = record["settings"]["threads"]
-        made = f"{record['processor']}, {threads} thread{'s' * (threads > 1)}; {made}"
+    if threads := record.get("settings", {}).get("threads"):
+        made = f"{threads} thread{'s' * (threads > 1)} of {made}"
     if "run" not in record:
         return made
     run, rows = record["run"], record["rows"]

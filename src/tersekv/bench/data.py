@@ -9,7 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK
-from tersekv.ops import order
+from tersekv.ops import ordered
 from tersekv.ops.pages import Pages
 from tersekv.packed import repack
 
@@ -77,7 +77,7 @@ def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tenso
     for side, codec, blocks in (("k", k, drawn.k), ("v", v, drawn.v)):
         plain, recipe = codec.encode(blocks), codec.recipe(case.d)
         said.append(drawn.dense(recipe.values(plain)))
-        parts.append(repack(plain, order(plain.layout, recipe, side, blocks.device)))
+        parts.append(repack(plain, ordered(plain.layout, recipe, side, blocks.device).order))
     count = drawn.index.numel()
     place = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     pool = torch.empty(count, sum(part.layout.nbytes for part in parts), dtype=torch.uint8)
