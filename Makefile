@@ -5,6 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Each stamp is newer than what it was installed from, so a second call installs nothing.
 DEMO := .venv/installed-for-demo
 DEV := .venv/installed-for-development
+PEERS := .venv/installed-for-comparison
 SOURCES := pyproject.toml constraints.txt $(wildcard native/*.* native/isa/*)
 
 .PHONY: demo test lint bench
@@ -21,8 +22,9 @@ lint: $(DEV)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: $(DEV)
+bench: $(PEERS)
 	$(BIN)/tersekv bench encode
+	$(BIN)/tersekv bench attend
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -36,3 +38,8 @@ $(DEV): $(SOURCES) | $(BIN)/python
 	@echo "installing the development set into .venv (once, some minutes)"
 	$(INSTALL) --editable ".[hf,plots,dev]"
 	@touch $@ $(DEMO)
+
+$(PEERS): pyproject.toml constraints.txt | $(DEV)
+	@echo "compiling llama.cpp into .venv (once, some minutes)"
+	$(INSTALL) --no-binary llama-cpp-python --editable ".[peers]"
+	@touch $@

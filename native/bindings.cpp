@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attend.h"
+#include "bandwidth.h"
 #include "isas.h"
 #include "require.h"
 #include "side.h"
@@ -24,6 +25,7 @@ using Pool8 = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Table32 = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Lengths64 = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Padding64 = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Dense = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;
 
 template <class Array>
@@ -160,6 +162,12 @@ void merge_parts(const std::vector<Queries3>& outs, const std::vector<Lse>& lses
   merge(o.data(), l.data(), int(outs.size()), int64_t(lses[0].size()), int(outs[0].shape(3)));
 }
 
+uint64_t read_memory(Bytes data, int streams, int threads) {
+  require(streams >= 1 && threads >= 1, "streams, threads: 1 or more.");
+  nb::gil_scoped_release release;
+  return read_all(data.data(), int64_t(data.size()), streams, threads);
+}
+
 std::vector<std::tuple<std::string, bool, std::string>> isas() {
   std::vector<std::tuple<std::string, bool, std::string>> all;
   for (const Choice& choice : choices()) all.emplace_back(choice.kernels->name, choice.runs, choice.why);
@@ -181,5 +189,6 @@ NB_MODULE(_native, m) {
   m.def("attend_dense", &attend_dense, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "lengths"_a.noconvert(),
         "padding"_a.noconvert(), "causal"_a, "scale"_a, "isa"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
   m.def("merge", &merge_parts, "outs"_a, "lses"_a);
+  m.def("read_memory", &read_memory, "data"_a.noconvert(), "streams"_a, "threads"_a, "Parity of all bytes.");
   m.def("isas", &isas, "Names, whether each runs here, and what it needs; best first.");
 }

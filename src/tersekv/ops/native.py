@@ -124,3 +124,8 @@ def merge(parts: list[Partial]) -> Partial:
     outs, lses = ([x.detach().contiguous() for x in xs] for xs in zip(*parts, strict=True))
     _call(_native.merge, {}, [array(x) for x in outs], [array(x) for x in lses])
     return outs[0], lses[0]
+
+
+def read_memory(data: Tensor, streams: int, threads: int) -> None:
+    """Read all bytes of `data`, in `streams` places at a time: what memory gives at best. See `bench.timing`."""
+    _native.read_memory(data.numpy(), streams, threads)
