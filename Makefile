@@ -5,6 +5,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Each stamp is newer than what it was installed from, so a second call installs nothing.
 DEMO := .venv/installed-for-demo
 DEV := .venv/installed-for-development
+PEERS := .venv/installed-for-comparison
+SOURCES := pyproject.toml constraints.txt $(wildcard native/*.* native/isa/*)
 
 .PHONY: demo test lint bench
 
@@ -13,25 +15,31 @@ demo: $(DEMO)
 
 # One thread for each of the two test workers: torch would otherwise start one for every core in both.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: $(DEV)
+bench: $(PEERS)
 	$(BIN)/tersekv bench encode
+	$(BIN)/tersekv bench attend
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+$(DEMO): $(SOURCES) | $(BIN)/python
 	@echo "installing tersekv and transformers into .venv (once, some minutes)"
 	$(INSTALL) --editable ".[hf]"
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): $(SOURCES) | $(BIN)/python
 	@echo "installing the development set into .venv (once, some minutes)"
 	$(INSTALL) --editable ".[hf,plots,dev]"
 	@touch $@ $(DEMO)
+
+$(PEERS): pyproject.toml constraints.txt | $(DEV)
+	@echo "compiling llama.cpp into .venv (once, some minutes)"
+	$(INSTALL) --no-binary llama-cpp-python --editable ".[peers]"
+	@touch $@

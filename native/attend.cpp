@@ -47,7 +47,7 @@ void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, float
   const int64_t first = p.part * SPLIT, last = first + SPLIT;
   if (first > job.tokens.first) job.tokens.first = first;
   job.tokens.last = last < whole.length && p.part + 1 < p.parts ? last : whole.length;
-  float max[ROWS], sum[ROWS];
+  float max[ROWS + STRIP], sum[ROWS];  // the maxima of a strip are written as four, however many rows it has
   kernels.attend(job, scratch(), {partial, max, sum});
   for (int r = 0; r < p.rows; r++) {  // a partial result is an output and its log-sum-exp, as everywhere else
     float* out = partial + int64_t(r) * a.d;

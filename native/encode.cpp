@@ -12,7 +12,8 @@ namespace tersekv {
 
 #define HAVE(ISA) namespace ISA { extern const EncodeKernels encode_kernels; }
 HAVE(portable)
-#if defined(__x86_64__)
+#if defined(TERSEKV_PORTABLE)
+#elif defined(__x86_64__)
 HAVE(avx512) HAVE(avxvnni) HAVE(avx2)
 #elif defined(__aarch64__)
 HAVE(neon)
@@ -21,7 +22,8 @@ HAVE(neon)
 
 const EncodeKernels& encode_kernels(const std::string& isa) {
   const std::string name = choose(isa).name;
-#if defined(__x86_64__)
+#if defined(TERSEKV_PORTABLE)
+#elif defined(__x86_64__)
   if (name == "avx512") return avx512::encode_kernels;
   if (name == "avxvnni") return avxvnni::encode_kernels;
   if (name == "avx2") return avx2::encode_kernels;

@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 #include "encode.h"
+#include "require.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -25,15 +25,14 @@ using Pages = nb::ndarray<uint8_t, nb::device::cpu>;
 using Codes = std::tuple<int, int, std::string, int, int>;         // d, bits, order, offset, bytes of a block
 using PlaneArgs = std::tuple<std::string, std::string, int, int>;  // name, kind, offset, offset of the step or -1
 
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 template <class T>
 T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> all, const char* what) {
   for (const auto& [text, value] : all)
     if (name == text) return value;
-  throw std::invalid_argument("Unknown " + std::string(what) + " \"" + name + "\".");
+  std::string names;
+  for (const auto& one : all) names += (names.empty() ? "" : ", ") + std::string(one.first);
+  require(false, "Unknown ", what, " \"", name, "\". Allowed: ", names, ".");
+  return all.begin()->second;
 }
 
 Order order_of(const std::string& name) {
@@ -44,8 +43,8 @@ Order order_of(const std::string& name) {
 int width_of(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
 
 void check_codes(int d, int bits, int codes, int nbytes) {
-  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim: a multiple of 16 up to 512.");
-  require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: 1, 2, 3, 4 or 8.");
+  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim ", d, ": the encoders take multiples of 16 up to ", MAX_HEAD_DIM, ". Use codec.encode.");
+  require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "Codes of ", bits, " bits: the encoders pack 1, 2, 3, 4 and 8. Use codec.encode.");
   require(codes >= 0 && codes + d * BLOCK / 8 * bits <= nbytes, "The codes do not fit the block.");
 }
 
@@ -129,14 +128,14 @@ void each_block(const Array& x, size_t inner, Visit visit) {
 
 template <class A, class B>
 void same_lead(const A& a, size_t inner, const B& b) {
-  require(a.ndim() >= inner && b.ndim() == a.ndim() - inner + 1, "One output block for each input block.");
-  for (size_t i = 0; i + inner < a.ndim(); i++) require(a.shape(i) == b.shape(i), "One output block for each input block.");
+  require(a.ndim() >= inner && b.ndim() == a.ndim() - inner + 1, "Blocks and output must have the same leading dims: one output block for each.");
+  for (size_t i = 0; i + inner < a.ndim(); i++) require(a.shape(i) == b.shape(i), "Blocks and output must have the same leading dims: one output block for each.");
 }
 
 template <class Array>
 void check_row(const Array& x, int64_t length) {
   require(int64_t(x.shape(x.ndim() - 1)) == length && (length < 2 || x.stride(x.ndim() - 1) == 1),
-          "The last dim must be whole and contiguous.");
+          "The last dim has ", x.shape(x.ndim() - 1), " elements; a block needs ", length, ", contiguous ones.");
 }
 
 std::vector<uint8_t*> pages_of(const Pages& out, int nbytes) {
@@ -148,7 +147,7 @@ std::vector<uint8_t*> pages_of(const Pages& out, int nbytes) {
 
 void encode_blocks(const Encoder& e, Values x, Pages out, const std::string& isa, int threads) {
   same_lead(x, 2, out);
-  require(x.shape(x.ndim() - 2) == BLOCK, "Blocks of 64 tokens.");
+  require(x.shape(x.ndim() - 2) == BLOCK, "Blocks of ", x.shape(x.ndim() - 2), " tokens: the encoders take ", BLOCK, ".");
   check_row(x, e.d);
   const std::vector<uint8_t*> pages = pages_of(out, e.nbytes);
   const Kind kind = kind_of(x.dtype());
@@ -175,17 +174,17 @@ void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, 
   repack(how, sources, pages, kernels, threads);
 }
 
-using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using ReadRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using ReadRows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Signs = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void rotate_rows(ReadRows x, Signs signs, bool back, Rows out, const std::string& isa, int threads) {
-  const int d = int(x.shape(1));
-  require(d >= 16 && d % 16 == 0, "head_dim: a multiple of 16.");
-  require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1) && int(signs.shape(0)) == d,
-          "`out` must have the shape of `x`, and `signs` an entry for each channel.");
+  const int d = int(signs.shape(0));
+  require(d >= 16 && d % 16 == 0, "head_dim ", d, ": the rotation takes multiples of 16.");
+  require(x.ndim() > 0 && int(x.shape(x.ndim() - 1)) == d && x.size() == out.size(),
+          "The rows must have an element for each of ", d, " signs, and the output as many as the input.");
   const float *before = back ? nullptr : signs.data(), *after = back ? signs.data() : nullptr;
-  rotate(x.data(), int64_t(x.shape(0)), d, before, after, out.data(), encode_kernels(isa), threads);
+  rotate(x.data(), int64_t(x.size()) / d, d, before, after, out.data(), encode_kernels(isa), threads);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ namespace tersekv {
 
 #define HAVE(ISA) namespace ISA { extern const Kernels kernels; }
 HAVE(portable)
-#if defined(__x86_64__)
+#if defined(TERSEKV_PORTABLE)
+#elif defined(__x86_64__)
 HAVE(avx512) HAVE(avxvnni) HAVE(avx2)
 #elif defined(__aarch64__)
 HAVE(neon)
@@ -19,7 +20,8 @@ HAVE(neon)
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(TERSEKV_PORTABLE)
+#elif defined(__x86_64__)
 // AVX-VNNI on 256-bit registers: leaf 7, subleaf 1, eax bit 4. GCC 12 has no name for it.
 bool has_avxvnni() {
   unsigned a = 7, b, c = 1, d;
@@ -34,7 +36,8 @@ bool has_dotprod() { return true; }  // every 64-bit Apple processor
 
 std::vector<Choice> find() {
   std::vector<Choice> all;
-#if defined(__x86_64__)
+#if defined(TERSEKV_PORTABLE)
+#elif defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -33,7 +33,7 @@ struct alignas(64) Block {
   float q_gain[ROWS], q_shift[ROWS];
   uint8_t k_levels[BLOCK * MAX_HEAD_DIM], v_levels[BLOCK * MAX_HEAD_DIM];
   const uint8_t *k, *v;
-  int64_t ahead;  // bytes to the page of the next block
+  const uint8_t* ahead;  // the page that is read when this tile is done
   int first, last;  // the tokens of the block that count
 };
 

@@ -20,7 +20,8 @@ struct Plane {
 // How the keys or the values of a block become numbers: the `grid` recipe, or `dense` if `bits` is 0.
 struct Side {
   int bits = 0;                  // of a code; 0: plane `values` holds the numbers themselves
-  int start = 0;                 // of this side in the page
+  int d = 0;                     // head dim
+  int start = 0, bytes = 0;      // of this side in the page
   int codes = 0;                 // offset of the codes plane, in the simd order of its side
   Plane values;                  // dense only
   Plane scale, zero;             // one number for each token
@@ -45,7 +46,7 @@ struct Tokens {
 // Running softmax of some query rows: `out` is not yet divided by `sum`.
 struct Partial {
   float* out;   // rows x d
-  float* max;
+  float* max;   // STRIP more than rows
   float* sum;
 };
 

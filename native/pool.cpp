@@ -1,19 +1,32 @@
 #include "pool.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 namespace tersekv {
 
-Pool& Pool::shared() {
-  static Pool pool;
-  return pool;
+namespace {
+
+Pool* shared_pool;
+
+void renew() { shared_pool = new Pool; }
+
+void start() {
+  renew();
+#if defined(__unix__) || defined(__APPLE__)
+  // A forked process has none of the threads, but a condition variable that waits for them.
+  pthread_atfork(nullptr, nullptr, renew);
+#endif
 }
 
-Pool::~Pool() {
-  {
-    std::lock_guard lock(state_);
-    stop_ = true;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+}  // namespace
+
+// Never destroyed: while a process ends, its threads may be gone already.
+Pool& Pool::shared() {
+  static std::once_flag once;
+  std::call_once(once, start);
+  return *shared_pool;
 }
 
 void Pool::run(int count, int threads, const std::function<void(int)>& task) {
@@ -48,8 +61,7 @@ void Pool::work(int index) {
     const std::function<void(int)>* task;
     {
       std::unique_lock lock(state_);
-      wake_.wait(lock, [&] { return stop_ || (generation_ != seen && index < allowed_); });
-      if (stop_) return;
+      wake_.wait(lock, [&] { return generation_ != seen && index < allowed_; });
       seen = generation_, task = task_, running_++;
     }
     take_tasks(*task);

@@ -11,7 +11,6 @@ namespace tersekv {
 class Pool {
  public:
   static Pool& shared();
-  ~Pool();
   // Runs task(0..count-1), each once, on up to `threads` threads, the caller's included. Tasks must not throw.
   void run(int count, int threads, const std::function<void(int)>& task);
 
@@ -26,7 +25,6 @@ class Pool {
   const std::function<void(int)>* task_ = nullptr;
   int count_ = 0, next_ = 0, allowed_ = 0, running_ = 0;
   unsigned generation_ = 0;
-  bool stop_ = false;
 };
 
 }  // namespace tersekv

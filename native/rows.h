@@ -10,6 +10,7 @@ namespace {
 constexpr int LANES = Isa::LANES;
 constexpr int REGISTERS = 16 / LANES;  // of the 16 lanes in which channels are summed
 constexpr int GROUP = 4;               // tokens that are worked on together
+constexpr int AHEAD = 16;              // tokens whose input is asked for while one is worked on
 #define EACH_TIME __attribute__((always_inline))
 
 template <Kind KIND>
@@ -60,13 +61,21 @@ INLINE Floats token_sum(const float* column, int d, int first = 0) {
   else return token_sum<2 * STEP>(column, d, first) + token_sum<2 * STEP>(column, d, first + STEP);
 }
 
-// Where codes go while a block is worked on, one byte each.
+// Where codes go while a block is worked on, one byte each. Each step asks for the part of the input that lies `ahead`
+// tokens further, into the second-level cache: hardware does not do it in time, and bursts would hold up the loads.
 struct Sink {
   uint8_t* bytes;
   int d;
   Order order;
+  const uint8_t* later;
+  int64_t stride;
+  int width;
+  Sink(const Encoder& e, const Input& in, uint8_t* codes, int ahead)
+      : bytes(codes), d(e.d), order(e.order), later(in.data + ahead * in.stride), stride(in.stride),
+        width(in.kind == Kind::fp32 ? 4 : 2) {}
   // Codes of channels c.. of tokens t..t+3.
   INLINE void put(int t, int c, const Ints code[GROUP]) const {
+    for (int j = 0; j < GROUP; j++) __builtin_prefetch(later + (t + j) * stride + c * width, 0, 2);
     if (order == Order::simd_k) {
       Isa::store_words(bytes + 64 * c + 4 * t, code);
     } else if (order == Order::simd_v) {

@@ -5,11 +5,11 @@
 
 namespace tersekv::TERSEKV_ISA {
 
-using ScoreInt8 = void (*)(const uint8_t*, const uint8_t*, int64_t, int, const int8_t*, float*);
-using ScoreExact = void (*)(const float*, const uint8_t*, int64_t, int, const float*, float*);
+using ScoreInt8 = void (*)(const uint8_t*, const uint8_t*, Ahead, int, const int8_t*, float*);
+using ScoreExact = void (*)(const float*, const uint8_t*, Ahead, int, const float*, float*);
 using ScoreDense = void (*)(const uint8_t*, int64_t, int, int, const float*, float*);
-using MixInt8 = void (*)(const uint8_t*, const uint8_t*, int64_t, int, const int8_t*, const float*, const float*, float*);
-using MixExact = void (*)(const float*, const uint8_t*, int64_t, int, const float*, const float*, const float*, float*);
+using MixInt8 = void (*)(const uint8_t*, const uint8_t*, Ahead, int, const int8_t*, const float*, const float*, float*);
+using MixExact = void (*)(const float*, const uint8_t*, Ahead, int, const float*, const float*, const float*, float*);
 using MixDense = void (*)(const uint8_t*, int64_t, int, int, const float*, const float*, const float*, float*);
 
 // A strip of R rows at bits B: [bits][rows - 1].
@@ -26,8 +26,8 @@ constexpr void (*LOOK_UP[4])(const uint8_t*, const uint8_t*, int, uint8_t*) = {
     look_up_block<1>, look_up_block<2>, look_up_block<3>, look_up_block<4>};
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
-             bool all_seen, float* max, int64_t at, bool int8) {
-  Softmax<R, ZERO>{job, q, blocks, count, sums, strip, row, all_seen}(max, at, int8);
+             const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
+  Softmax<R, ZERO>{job, q, blocks, count, sums, strip, row, ahead, all_seen}(max, at, int8);
 }
 constexpr decltype(&softmax<1, false>) SOFTMAX[2][STRIP] = {
     {softmax<1, false>, softmax<2, false>, softmax<3, false>, softmax<4, false>},
@@ -69,7 +69,7 @@ class Run {
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
 
   void begin() {
-    for (int r = 0; r < ROWS; r++) out_.max[r] = -INFINITY;
+    for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
     std::memset(out_.out, 0, sizeof(float) * job_.rows * d_);
     std::memset(&sums_, 0, sizeof sums_);
     std::memset(&strip_, 0, sizeof strip_);
@@ -105,7 +105,7 @@ class Run {
   }
 
   void quantise(int r, const float* row, float largest) {
-    const float inverse = largest > 0 ? 127 / largest : 0, step = largest / 127;
+    const float inverse = largest > TINY ? 127 / largest : 0, step = largest / 127;
     int total = 0;
     for (int c = 0; c < d_; c++) {
       const int x = int((row[c] * inverse + 12582912.f) - 12582912.f);
@@ -129,8 +129,10 @@ class Run {
       for (int r = 0; r < job_.rows; r += Isa::STRIP) {
         const int rows = job_.rows - r < Isa::STRIP ? job_.rows - r : Isa::STRIP;
         for (int i = 0; i < step; i++) score(blocks_[i], strip_.scores[i], r, rows);
+        Ahead soften[TILE];
+        for (int i = 0; i < step; i++) soften[i] = ahead(blocks_[i], 1);
         const bool zero = job_.k->zero || job_.v->zero;
-        SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip_, r, whole, out_.max, b * BLOCK, v_int8_);
+        SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip_, r, soften, whole, out_.max, b * BLOCK, v_int8_);
         for (int i = 0; i < step; i++) mix(blocks_[i], i, r, rows);
       }
     }
@@ -140,14 +142,22 @@ class Run {
     const Tokens& t = job_.tokens;
     const int64_t at = index * BLOCK;
     block.first = int(t.first - at), block.last = int(t.last - at < BLOCK ? t.last - at : BLOCK);
-    block.ahead = 0;
+    block.ahead = nullptr;
     if (!t.table) {
       block.k = t.k + at * t.k_stride, block.v = t.v + at * t.v_stride;
       return;
     }
     const uint8_t* page = t.pool + t.table[index] * t.page_bytes;
-    if ((index + TILE) * BLOCK < t.last) block.ahead = (t.table[index + TILE] - t.table[index]) * t.page_bytes;
+    block.ahead = (index + TILE) * BLOCK < t.last ? t.pool + t.table[index + TILE] * t.page_bytes : page;
     block.k = page + job_.k->start, block.v = page + job_.v->start;
+  }
+
+  // The three parts of a block's work ask for the lines of a page in proportion to the time they take.
+  Ahead ahead(const Block& block, int part) const {
+    if (!block.ahead) return {nullptr, 0};
+    const int units = d_ / 8, lines = int(job_.tokens.page_bytes / 64 + 1), each = (2 * lines / 5 + units - 1) / units;
+    if (part == 1) return {block.ahead + 64 * each * units, (lines / 5 + STRIP - 1) / STRIP};
+    return {block.ahead + (part ? 64 * (each * units + lines / 5) : 0), each};
   }
 
   void read_planes(Block& block) {
@@ -201,11 +211,11 @@ class Run {
       const uint8_t* keys = block.k + s.values.offset;
       SCORE_DENSE[of_kind(s.values.kind)][rows - 1](keys, dense_stride(s, job_.tokens.k_stride), block.last, d_, q, scores);
     } else if (!k_int8_) {
-      SCORE_EXACT[of_bits(s.bits)][rows - 1](s.table, block.k + s.codes, block.ahead, d_, q, scores);
+      SCORE_EXACT[of_bits(s.bits)][rows - 1](s.table, block.k + s.codes, ahead(block, 0), d_, q, scores);
     } else if (shared_) {
-      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.k_levels, 0, d_, int8, scores);
+      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.k_levels, Ahead{nullptr, 0}, d_, int8, scores);
     } else {
-      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels, block.k + s.codes, block.ahead, d_, int8, scores);
+      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels, block.k + s.codes, ahead(block, 0), d_, int8, scores);
     }
   }
 
@@ -220,11 +230,11 @@ class Run {
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
       MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, fade, gain, out);
     } else if (!v_int8_) {
-      MIX_EXACT[of_bits(s.bits)][rows - 1](s.table, block.v + s.codes, block.ahead, d_, weights, fade, gain, out);
+      MIX_EXACT[of_bits(s.bits)][rows - 1](s.table, block.v + s.codes, ahead(block, 2), d_, weights, fade, gain, out);
     } else if (shared_) {
-      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.v_levels, 0, d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.v_levels, Ahead{nullptr, 0}, d_, strip_.int8[i], fade, gain, out);
     } else {
-      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels, block.v + s.codes, block.ahead, d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels, block.v + s.codes, ahead(block, 2), d_, strip_.int8[i], fade, gain, out);
     }
     if (by_channel) add_by_channel(block, i, later, r, rows);
   }

@@ -11,6 +11,8 @@ namespace tersekv::TERSEKV_ISA {
 
 using Quad = Isa::Quad;
 
+constexpr float TINY = 1e-30f;  // what is quantised by a smaller magnitude is 0: 127 over it would be infinite
+
 // R rows from `row` on. ZERO: keys or values have token zeros.
 template <int R, bool ZERO>
 struct Softmax {
@@ -21,6 +23,7 @@ struct Softmax {
   Sums& sums;
   Strip& strip;
   const int row;
+  const Ahead* ahead;
   const bool all_seen;  // every row sees every token of the tile
 
   // Scores in units of log2; returns each row's highest.
@@ -78,6 +81,7 @@ struct Softmax {
           Isa::store(strip.weights[b] + BLOCK * i + j, w);
         }
         total[i] += mass[i];
+        ahead[b](i);
       }
       largest[b] = Isa::highest(most);
       if (job.v->channel_zero) Isa::store(strip.mass[b], Isa::sums(mass));
@@ -88,7 +92,7 @@ struct Softmax {
   // Weights to -127..127 of each block's largest; the table's low end adds the same to every channel.
   INLINE void quantise(const Quad largest[TILE], Floats common[TILE][4]) {
     for (int b = 0; b < count; b++) {
-      const Quad step = largest[b] / 127.f, inverse = largest[b] > Quad{} ? 127.f / largest[b] : Quad{};
+      const Quad step = largest[b] / 127.f, inverse = largest[b] > Quad{} + TINY ? 127.f / largest[b] : Quad{};
       Isa::store(strip.gain[b], step * job.v->step);
       for (int i = 0; i < R; i++) {
         Floats total = {};

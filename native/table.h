@@ -64,10 +64,10 @@ inline void subtract_mean(const Encoder& e, EncodeScratch& s, uint8_t* out) {
 
 template <int BITS, bool UNBIASED>
 void table_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* out) {
-  const Sink sink{s.codes, e.d, e.order};
   const Nearest<BITS> nearest(e);
   const Isa::Table<BITS> centroids(e.centroids);
   const bool whole = bool(e.channel_zero);
+  const Sink sink(e, in, s.codes, whole ? BLOCK : AHEAD);
   if (whole) {
     load_block(e, in, s.y);
     subtract_mean(e, s, out);

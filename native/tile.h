@@ -17,32 +17,35 @@ using Bytes = Isa::Bytes;
 using Ints = Isa::Ints;
 using Floats = Isa::Floats;
 
-// The eight fields of a unit, as far as one register reaches. Higher bits of a byte hold other fields.
+// The codes of a unit, as far as one register reaches. Higher bits of a field's bytes hold other fields.
 template <int BITS>
-INLINE void unpack(const uint8_t* unit, Bytes field[8]) {
+struct Unit {
   using Pairs = Isa::Pairs;
   Pairs word[BITS];
-  for (int i = 0; i < BITS; i++) word[i] = Isa::load<Pairs>(unit + VECTOR * i);
-  if constexpr (BITS == 3) {
-    const Pairs low = (Pairs)Isa::all_bytes(3);
-    for (int f = 0; f < 6; f++) field[f] = (Bytes)(word[f % 3] >> 3 * (f / 3));
-    // The two top bits of three words make two more fields: two bits from one word, the third from the last.
-    field[6] = (Bytes)(((word[0] >> 6) & low) | ((word[2] >> 4) & ~low));
-    field[7] = (Bytes)(((word[1] >> 6) & low) | ((word[2] >> 5) & ~low));
-  } else {
-    constexpr int EACH = 8 / BITS;
-    for (int f = 0; f < 8; f++) field[f] = (Bytes)(word[f / EACH] >> BITS * (f % EACH));
-  }
-}
 
+  explicit INLINE Unit(const uint8_t* unit) {
+    for (int i = 0; i < BITS; i++) word[i] = Isa::load<Pairs>(unit + VECTOR * i);
+  }
+  INLINE Bytes field(int f) const {
+    if constexpr (BITS == 3) {
+      if (f < 6) return (Bytes)(word[f % 3] >> 3 * (f / 3));
+      // The two top bits of three words make two more fields: two bits from one word, the third from the last.
+      const Pairs low = (Pairs)Isa::all_bytes(3);
+      return (Bytes)(((word[f - 6] >> 6) & low) | ((word[2] >> (f - 2)) & ~low));
+    } else {
+      constexpr int EACH = 8 / BITS;
+      return (Bytes)(word[f / EACH] >> BITS * (f % EACH));
+    }
+  }
+};
+
+// Levels that codes stand for in the int8 kernels.
 template <int BITS>
 struct Levels {
   Bytes table, mask = Isa::all_bytes((1 << (BITS & 7)) - 1);
-  explicit Levels(const uint8_t* levels) : table(Isa::load<Bytes>(levels)) {}
-  INLINE void operator()(const uint8_t* unit, Bytes out[8]) const {
-    Bytes field[8];
-    unpack<BITS>(unit, field);
-    for (int f = 0; f < 8; f++) out[f] = BITS == LOOKED_UP ? field[f] : Isa::look_up(table, field[f], mask);
+  explicit INLINE Levels(const uint8_t* levels) : table(Isa::load<Bytes>(levels)) {}
+  INLINE Bytes operator()(const Unit<BITS>& unit, int f) const {
+    return BITS == LOOKED_UP ? unit.field(f) : Isa::look_up(table, unit.field(f), mask);
   }
 };
 
@@ -52,29 +55,33 @@ INLINE int32_t four(const int8_t* p) {
   return x;
 }
 
-// Asks for a unit of the page that comes next: pages lie where the table says, which no hardware foresees.
-template <int BITS>
-INLINE void prefetch(const uint8_t* unit, int part) {
-  if (part == 0)
-    for (int i = 0; i < BITS; i++) __builtin_prefetch(unit + VECTOR * i, 0, 2);
-}
+// Lines of the page that is read next, asked for a few at a time: memory has its own time to answer, and pages lie where
+// the table says, which no hardware foresees.
+struct Ahead {
+  const uint8_t* at;
+  int lines;  // a step
+  INLINE void operator()(int step) const {
+    for (int i = 0; i < lines; i++) __builtin_prefetch(at + VECTOR * (step * lines + i), 0, 2);
+  }
+};
 
-// dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly. `ahead`: bytes from these codes to the next block's.
+// dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly.
 template <int BITS, int R>
-void score_int8(const uint8_t* levels, const uint8_t* codes, int64_t ahead, int d, const int8_t* q, float* dots) {
+void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* q, float* dots) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
     Ints sum[4][R] = {};
     for (int u = 0; u < d / 8; u++) {
-      prefetch<BITS>(codes + ahead + u * VECTOR * BITS, part);
-      Bytes level[8];
-      look_up(codes + u * VECTOR * BITS + part * Isa::WIDTH, level);
-      for (int half = 0; half < 2; half++)
+      if (part == 0) ahead(u);
+      const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
+      for (int half = 0; half < 2; half++) {
+        Bytes level[4];
+        for (int tile = 0; tile < 4; tile++) level[tile] = look_up(unit, 4 * half + tile);
         for (int r = 0; r < R; r++) {
           const int32_t queries = four(q + r * d + 8 * u + 4 * half);
-          for (int tile = 0; tile < 4; tile++)
-            sum[tile][r] = Isa::dot(sum[tile][r], level[4 * half + tile], queries);
+          for (int tile = 0; tile < 4; tile++) sum[tile][r] = Isa::dot(sum[tile][r], level[tile], queries);
         }
+      }
     }
     for (int r = 0; r < R; r++)
       for (int tile = 0; tile < 4; tile++)
@@ -82,40 +89,54 @@ void score_int8(const uint8_t* levels, const uint8_t* codes, int64_t ahead, int 
   }
 }
 
+// TILES channel tiles at once, which share the loads of their weights.
+template <int BITS, int R, int TILES>
+INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int tile, int part, Ahead ahead, int d,
+                      const int8_t* w, const float* fade, const float* gain, float* out) {
+  Ints sum[TILES][R] = {};
+  for (int half = 0; half < 2; half++) {
+    const uint8_t* at = codes + (2 * tile + half) * VECTOR * BITS + part * Isa::WIDTH;
+    const Unit<BITS> one(at), other(at + 2 * (TILES - 1) * VECTOR * BITS);
+    if (part == 0)
+      for (int t = 0; t < TILES; t++) ahead(2 * (tile + t) + half);
+    for (int f = 0; f < 8; f++) {
+      const Bytes level[2] = {look_up(one, f), look_up(other, f)};
+      for (int r = 0; r < R; r++) {
+        const int32_t weights = four(w + BLOCK * r + 32 * half + 4 * f);
+        for (int t = 0; t < TILES; t++) sum[t][r] = Isa::dot(sum[t][r], level[t], weights);
+      }
+    }
+  }
+  for (int t = 0; t < TILES; t++)
+    for (int r = 0; r < R; r++)
+      Isa::add_to(out + r * d + 16 * (tile + t) + Isa::LANES * part, fade[r], gain[r], Isa::to_floats(sum[t][r]));
+}
+
 // out[r][c] = out[r][c] * fade[r] + gain[r] * (sum over tokens of w[r][j] * level[j][c], exactly).
 template <int BITS, int R>
-void mix_int8(const uint8_t* levels, const uint8_t* codes, int64_t ahead, int d, const int8_t* w, const float* fade,
+void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* w, const float* fade,
               const float* gain, float* out) {
   const Levels<BITS> look_up(levels);
-  for (int tile = 0; tile < d / 16; tile++)
-    for (int part = 0; part < PARTS; part++) {
-      Ints sum[R] = {};
-      for (int half = 0; half < 2; half++) {
-        const uint8_t* unit = codes + (2 * tile + half) * VECTOR * BITS;
-        prefetch<BITS>(unit + ahead, part);
-        Bytes level[8];
-        look_up(unit + part * Isa::WIDTH, level);
-        for (int f = 0; f < 8; f++)
-          for (int r = 0; r < R; r++)
-            sum[r] = Isa::dot(sum[r], level[f], four(w + BLOCK * r + 32 * half + 4 * f));
-      }
-      for (int r = 0; r < R; r++)
-        Isa::add_to(out + r * d + 16 * tile + Isa::LANES * part, fade[r], gain[r], Isa::to_floats(sum[r]));
-    }
+  for (int part = 0; part < PARTS; part++) {
+    int tile = 0;
+    for (; tile + Isa::TILES <= d / 16; tile += Isa::TILES)
+      mix_tiles<BITS, R, Isa::TILES>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
+    for (; tile < d / 16; tile++) mix_tiles<BITS, R, 1>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
+  }
 }
 
 // The same two in fp32: q and w are floats, and a code stands for its table entry.
 template <int BITS, int R>
-void score_exact(const float* entries, const uint8_t* codes, int64_t, int d, const float* q, float* dots) {
+void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* q, float* dots) {
   const Isa::Table<BITS> table(entries);
   for (int part = 0; part < PARTS; part++) {
     Floats sum[4][R] = {};
     for (int u = 0; u < d / 8; u++) {
-      Bytes field[8];
-      unpack<BITS>(codes + u * VECTOR * BITS + part * Isa::WIDTH, field);
+      if (part == 0) ahead(u);
+      const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
       for (int i = 0; i < 8; i++)
         for (int tile = 0; tile < 4; tile++) {
-          const Floats value = table((Ints)field[4 * (i / 4) + tile] >> 8 * (i % 4));
+          const Floats value = table((Ints)unit.field(4 * (i / 4) + tile) >> 8 * (i % 4));
           for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i]);
         }
     }
@@ -126,17 +147,17 @@ void score_exact(const float* entries, const uint8_t* codes, int64_t, int d, con
 }
 
 template <int BITS, int R>
-void mix_exact(const float* entries, const uint8_t* codes, int64_t, int d, const float* w, const float* fade,
+void mix_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* w, const float* fade,
                const float* gain, float* out) {
   const Isa::Table<BITS> table(entries);
   for (int tile = 0; tile < d / 16; tile++)
     for (int part = 0; part < PARTS; part++) {
       Floats sum[R] = {};
       for (int half = 0; half < 2; half++) {
-        Bytes field[8];
-        unpack<BITS>(codes + (2 * tile + half) * VECTOR * BITS + part * Isa::WIDTH, field);
+        if (part == 0) ahead(2 * tile + half);
+        const Unit<BITS> unit(codes + (2 * tile + half) * VECTOR * BITS + part * Isa::WIDTH);
         for (int i = 0; i < 32; i++) {
-          const Floats value = table((Ints)field[i / 4] >> 8 * (i % 4));
+          const Floats value = table((Ints)unit.field(i / 4) >> 8 * (i % 4));
           for (int r = 0; r < R; r++) sum[r] += value * Isa::all(w[BLOCK * r + 32 * half + i]);
         }
       }
@@ -150,9 +171,8 @@ void look_up_block(const uint8_t* levels, const uint8_t* codes, int units, uint8
   const Levels<BITS> look_up(levels);
   for (int u = 0; u < units; u++)
     for (int part = 0; part < PARTS; part++) {
-      Bytes level[8];
-      look_up(codes + u * VECTOR * BITS + part * Isa::WIDTH, level);
-      for (int f = 0; f < 8; f++) Isa::store(out + (8 * u + f) * VECTOR + part * Isa::WIDTH, level[f]);
+      const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
+      for (int f = 0; f < 8; f++) Isa::store(out + (8 * u + f) * VECTOR + part * Isa::WIDTH, look_up(unit, f));
     }
 }
 

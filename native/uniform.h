@@ -37,7 +37,7 @@ struct Steps {
 
 template <int BITS>
 void token_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* out) {
-  const Sink sink{s.codes, e.d, e.order};
+  const Sink sink(e, in, s.codes, AHEAD);
   const Steps steps(e);
   for (int t = 0; t < BLOCK; t += GROUP) {
     load_group(e, in, t, s.y);
@@ -73,7 +73,7 @@ inline void channel_ranges(const Encoder& e, EncodeScratch& s, uint8_t* out) {
 
 template <int BITS>
 void channel_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* out) {
-  const Sink sink{s.codes, e.d, e.order};
+  const Sink sink(e, in, s.codes, BLOCK);
   const Steps steps(e);
   load_block(e, in, s.y);
   channel_ranges(e, s, out);

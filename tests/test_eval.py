@@ -13,7 +13,7 @@ from tersekv import InputError, parse
 from tersekv.eval.logits import Divergence, arms, compare
 from tersekv.eval.run import Result, Run, read_run, run
 from tersekv.models import LoadedModel
-from tersekv.terminal import Stages
+from tersekv.terminal import Stages, to_text
 
 
 def test_divergence_by_hand() -> None:
@@ -72,6 +72,7 @@ def test_a_run_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert four["nominal_bits"] == 4 < four["body_bits"] < 5
     assert record["run"]["text"] == "text.txt" and len(record["text_sha256"]) == 64
     assert record["model"] == {"source": "random weights", "revision": "none"}
+    assert "rotated:bits=4" in to_text(result.__rich__(), width=80)
     with pytest.raises(InputError, match="has only"):
         run(Run("tiny", str(text), ["terse4"], tokens=10_000), Stages())
     with pytest.raises(InputError, match="nothing to score"):

@@ -1,16 +1,18 @@
 """The C++ encoders against the codecs' own `encode`: the same bytes, for every instruction set that runs here."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tersekv import ops, rotation
 from tersekv.codec import Codec
-from tersekv.errors import SpecError
+from tersekv.errors import InputError, SpecError
 from tersekv.layout import BLOCK, ORDERS, Layout
 from tersekv.ops import native, native_encoding
 from tersekv.packed import Packed, repack
-from tersekv.spec import parse_codec
+from tersekv.spec import parse, parse_codec
+from tersekv.store import Store
 from tersekv.testing import sample
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=native.missing() or "")
@@ -202,7 +204,19 @@ def test_wrong_shapes_are_refused_before_any_write() -> None:
     assert encoder is not None
     good = torch.empty(2, layout.nbytes, dtype=torch.uint8)
     for wrong_x, wrong_out in ((x[:, :32], good), (x[..., :32], good), (x, good[:, :-1])):
-        with pytest.raises(ValueError, match="(?i)block|whole"):
+        with pytest.raises(InputError, match=r"(?i)block"):
             native_encoding.encode(encoder, wrong_x, layout, wrong_out)
-    with pytest.raises(ValueError, match="does not run here. Allowed: "):
+    with pytest.raises(InputError, match=r"does not run here\. Allowed: "):
         native_encoding.encode(encoder, x, layout, good, "sse9")
+
+
+@pytest.mark.parametrize("spec", ["terse3", "k=intn:axis=channel v=lloydmax:bits=2", "none"])
+def test_a_store_encodes_natively(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor the codecs' own `encode` does not run."""
+    parsed = parse(spec)
+    for codec in (parsed.k, parsed.v):
+        monkeypatch.setattr(type(codec), "encode", None)
+    store = Store(parsed, 1, 2, 64, torch.float32, torch.device("cpu"))
+    q, k, v = torch.randn(3, 1, 2, 300, 64)
+    store.extend(q, k, v, np.zeros(1, dtype=np.int64), 0.125)
+    assert sum(tier.lengths.sum() for tier in store.tiers.packed.values()) > 0

@@ -1,31 +1,21 @@
 """The command line. Each verb imports what it needs when it runs, so `--help` loads neither torch nor transformers."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 from rich.markup import escape
 
 from tersekv import __version__
+from tersekv.bench.verbs import bench
 from tersekv.errors import TersekvError
-from tersekv.terminal import Stages
+from tersekv.terminal import Json, Stages, show
 
 app = App(name="tersekv", help="The KV cache of language models in 1 to 8 bits.", version=__version__)
-bench = App(name="bench", help="Measure speed: parity first, then medians of interleaved runs.")
 app.command(bench)
 
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
 DEFAULT_MODEL = "smollm2"
-
-
-def show(result: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result.as_dict(), indent=1))
-    else:
-        Console().print(result)
 
 
 @app.command(name="try")
@@ -163,33 +153,6 @@ def eval_(
     settings = read_run(run, text=text, model=model, tokens=tokens, dtype=dtype, device=device)
     with Stages() as stages:
         result = Result(measure(settings, stages))
-    if out is not None:
-        write(result.as_dict(), out)
-    show(result, json)
-
-
-@bench.command(name="encode")
-def bench_encode(
-    *, bits: int = 3, d: int = 128, vectors: int = 131_072, out: Path | None = None, json: Json = False
-) -> None:
-    """Vectors a second of the NumPy and torch encoders.
-
-    Parameters
-    ----------
-    bits
-        Bits of a code.
-    d
-        Head dim.
-    vectors
-        How many fp32 vectors to encode in each round.
-    out
-        Write the record to this JSON file.
-    """
-    from tersekv.bench import encode
-    from tersekv.record import write
-
-    with Stages() as stages:
-        result = encode(bits, d, vectors, stages)
     if out is not None:
         write(result.as_dict(), out)
     show(result, json)

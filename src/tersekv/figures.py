@@ -1,4 +1,4 @@
-"""The picture of a record: bytes held against KL, one marker family a codec. Needs the extra `plots`."""
+"""The picture of a record: bytes held against KL, one marker family a codec; or times. Needs the extra `plots`."""
 
 import json
 from collections import defaultdict
@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from tersekv.bench.picture import draw_attention
 from tersekv.spec import parse, print_codec
 
 # From Okabe and Ito's colours, which colour-blind people can tell apart; the marker says the same once more.
@@ -28,6 +29,8 @@ def caption(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {text}" for name, text in record["versions"].items())
     where = f"{record['device']}, ops: {record['implementation']}, {versions}"
     made = f"{where}, commit {record['commit'][:10]}, {record['date']}."
+    if threads := record.get("settings", {}).get("threads"):
+        made = f"{threads} thread{'s' * (threads > 1)} of {made}"
     if "run" not in record:
         return made
     run, rows = record["run"], record["rows"]
@@ -74,7 +77,8 @@ def svg(source: Path) -> bytes:
     record = json.loads(source.read_text())
     with matplotlib.rc_context({"svg.hashsalt": "tersekv", "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(7.2, 4.8), layout="constrained", facecolor="white")
-        _draw(figure.add_subplot(), record)
+        draw = draw_attention if record.get("bench") == "attend" else _draw
+        draw(figure.add_subplot(), record)
         out = BytesIO()
         about = {
             "Title": caption(record),

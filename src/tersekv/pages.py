@@ -1,7 +1,8 @@
 """Generated blocks of README and docs: `python -m tersekv.pages` writes them, `--check` exits 1 if stale.
 
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
-its caption alone (`results/smollm2.json#caption`), or a table of the registry: codecs, presets or bytes.
+its caption alone (`results/smollm2.json#caption`), one table of a record that has several
+(`results/attend.json#long`), or a table of the registry: codecs, presets or bytes.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from tersekv.bench import EncodeBench
+from tersekv.bench import attend_tables, decode_tables
+from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, did_you_mean
 from tersekv.eval.run import Result
@@ -24,7 +26,7 @@ from tersekv.spec import parse
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
-FIGURES = {"docs/images/smollm2.svg": "results/smollm2.json"}
+FIGURES = {"docs/images/smollm2.svg": "results/smollm2.json", "docs/images/speed.svg": "results/attend.json"}
 
 
 def markdown(table: Table) -> str:
@@ -50,6 +52,12 @@ def _costs(spec: str, d: int) -> tuple[str, ...]:
     return f"{bits['k']:.3f}, {bits['v']:.3f}", f"{held:.2f}", f"{4 * d / held:.2f}"
 
 
+PARTS = {
+    "attend": attend_tables.tables,
+    "decode": decode_tables.tables,
+}  # records of several tables, and what makes them
+
+
 def _table(record: dict[str, Any]) -> Table:
     if "run" in record:
         return Result(record).__rich__()
@@ -63,12 +71,17 @@ def content(source: str, root: Path) -> str:
     if source in tables:
         return markdown(tables[source]())
     name, _, part = source.partition("#")
-    if not name.startswith("results/") or part not in ("", "caption"):
-        raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#caption].')
+    if not name.startswith("results/"):
+        raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
     if not (root / name).is_file():
         return "Not measured yet."
     record = json.loads((root / name).read_text())
-    return caption(record) if part else f"{markdown(_table(record))}\n\n{caption(record)}"
+    if part == "caption":
+        return caption(record)
+    parts = PARTS[record["bench"]](record) if "bench" in record else {"": _table(record)}
+    if part not in parts:
+        raise InputError(f'{name} has no table "{part}". {did_you_mean(part, [*parts, "caption"])}')
+    return markdown(parts[part]) if part else f"{markdown(parts[part])}\n\n{caption(record)}"
 
 
 def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:

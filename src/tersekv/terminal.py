@@ -1,12 +1,16 @@
 """What people see: byte counts as text, tables as plain text, and a progress bar with named stages."""
 
+import json
 from contextlib import AbstractContextManager
 from io import StringIO
 from types import TracebackType
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON instead of tables.")]
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -23,6 +27,14 @@ def to_text(renderable: RenderableType, width: int = 100) -> str:
     with console.capture() as captured:
         console.print(renderable)
     return captured.get().rstrip()
+
+
+def show(result: Any, as_json: bool) -> None:
+    """The result of a verb, on standard output."""
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=1))
+    else:
+        Console().print(result)
 
 
 class Stages(AbstractContextManager["Stages"]):

@@ -6,6 +6,7 @@ share pages. Lengths live on the host as NumPy arrays (b, h), because the host d
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, order, repack
+from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, ordered, repack
 from tersekv.packed import Packed
 from tersekv.ragged import Lengths, join, take
 
@@ -69,6 +70,13 @@ class DenseTier:
         return self
 
 
+@lru_cache
+def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
+    sides = (("k", k), ("v", v))
+    keys, values = (ordered(codec.layout(d), codec.recipe(d), side, device) for side, codec in sides)
+    return keys, values
+
+
 @dataclass(frozen=True)
 class PackedTier:
     """Pages of whole blocks, K planes then V planes; `table` says which page holds which block of which row."""
@@ -93,11 +101,7 @@ class PackedTier:
     @property
     def layouts(self) -> tuple[Layout, Layout]:
         """Of keys and values, in the storage order of the kernels on this device."""
-        return self._layout(self.k, "k"), self._layout(self.v, "v")
-
-    def _layout(self, codec: Codec, side: str) -> Layout:
-        layout = codec.layout(self.d)
-        return layout.ordered(order(layout, codec.recipe(self.d), side, self.pool.device))
+        return _layouts(self.k, self.v, self.d, self.pool.device)
 
     @property
     def block(self) -> int:
@@ -158,13 +162,14 @@ class PackedTier:
         cut = replace(self, table=self.table[..., :blocks], starts=self.starts[..., :blocks], lengths=lengths)
         return cut.compacted()
 
+    @cached_property
     def pages(self) -> Pages:
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
         recipes = self.k.recipe(self.d), self.v.recipe(self.d)
         return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
-        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages(), scale, exact)
+        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages, scale, exact)
         return self.v.unfold_output(out), lse
 
     def linear_pool(self) -> Tensor:

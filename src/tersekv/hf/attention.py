@@ -49,13 +49,16 @@ class ChunkMask:
             )
         return padding
 
+    @cached_property
+    def shown(self) -> np.ndarray | None:
+        """Stored tokens that the mask does not hide, for each sequence; one look at it serves all layers."""
+        mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
+        return None if mask is None else mask[:, : mask.shape[1] - n].sum(-1).cpu().numpy()
+
     def check(self, real: np.ndarray) -> None:
         """Raise InputError if the mask hides other stored tokens than those that were padding when they came."""
-        mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
-        if mask is None:
-            return
-        counted = mask[:, : mask.shape[1] - n].sum(-1).cpu().numpy()
-        if (counted != real).any():
+        counted = self.shown
+        if counted is not None and (counted != real).any():
             raise InputError(
                 f"The attention mask shows {counted.tolist()} stored tokens, but the cache holds {real.tolist()}. "
                 "Pass the mask of the whole conversation, unchanged for the part already seen."

@@ -26,7 +26,7 @@ __all__ = [
     "implementation",
     "implementation_of",
     "merge",
-    "order",
+    "ordered",
     "repack",
     "rotate",
     "unrotate",
@@ -36,9 +36,9 @@ FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's mat
 attend_alone = reference.attend_alone
 
 
-def order(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> str:
-    """The storage order in which a side's codes are kept on a device: that of the kernels which run there."""
-    return native.order(layout, recipe, side) if device.type == "cpu" else "linear"
+def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
+    """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
+    return layout.ordered(native.order(layout, recipe, side)) if device.type == "cpu" else layout
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:

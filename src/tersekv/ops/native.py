@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _to_dlpack as array  # ten times quicker than nanobind's own way to a tensor's memory
 
+from tersekv.errors import InputError
 from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Dense, Recipe
@@ -17,6 +19,10 @@ else:
     from tersekv import _native
 
 ORDERS = {"k": "simd_k", "v": "simd_v"}
+TAKEN = (
+    "Allowed, in memory: q (b, hq, n, d); pool (pages, bytes) uint8; table (b, h, blocks) int32; lengths (b, h) int64; "
+    "padding (b) int64; k and v (b, h, t, d) in fp32, fp16 or bf16. Convert them with .to()."
+)
 
 
 def missing() -> str | None:
@@ -65,16 +71,32 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     """What C++ needs to know of a side of a page, made once for each layout."""
     planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(recipe, Dense):
-        return _native.Side(0, start, 0, planes, [])
-    return _native.Side(layout.nominal_bits, start, layout.offsets["codes"], planes, list(recipe.table))
+        return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
+    codes = layout.offsets["codes"]
+    return _native.Side(layout.nominal_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:
     return plane.name, plane.kind, layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)
 
 
-def _outputs(q: Tensor) -> Partial:
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _call(kernel: Any, arrays: dict[str, Tensor], *options: Any) -> None:
+    """Run a kernel, or raise InputError: C++ checks every value, nanobind the types, before anything is read.
+
+    Only keys and values may be strided, because they are the only ones that are large.
+    """
+    try:
+        given = [array((x if name in "kv" else x.contiguous()).detach()) for name, x in arrays.items()]
+        kernel(*given, *options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except TypeError:
+        what = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in arrays.items())
+        raise InputError(f"The native kernels cannot take {what}. {TAKEN}") from None
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa: str = "") -> Partial:
@@ -82,8 +104,8 @@ def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa
     out, lse = _outputs(q)
     k = _side(pages.k_layout, pages.k_recipe, 0)
     v = _side(pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
-    arrays = q.float().contiguous(), pages.pool, pages.table.contiguous(), pages.lengths
-    _native.attend_pages(*arrays, k, v, scale, exact, isa, torch.get_num_threads(), out, lse)
+    arrays = {"q": q.float(), "pool": pages.pool, "table": pages.table, "lengths": pages.lengths}
+    _call(_native.attend_pages, arrays, k, v, scale, exact, isa, torch.get_num_threads(), array(out), array(lse))
     return out, lse
 
 
@@ -92,12 +114,18 @@ def attend_dense(
 ) -> Partial:
     """Of tokens `padding` to `lengths` of each sequence; `causal`: the last n are the queries' own."""
     out, lse = _outputs(q)
-    arrays = q.float().contiguous(), k, v, lengths, padding
-    _native.attend_dense(*arrays, causal, scale, isa, torch.get_num_threads(), out, lse)
+    arrays = {"q": q.float(), "k": k, "v": v, "lengths": lengths, "padding": padding}
+    _call(_native.attend_dense, arrays, causal, scale, isa, torch.get_num_threads(), array(out), array(lse))
     return out, lse
 
 
 def merge(parts: list[Partial]) -> Partial:
     """Joins the parts in place: the first one becomes the whole."""
-    _native.merge([out for out, _ in parts], [lse for _, lse in parts])
-    return parts[0]
+    outs, lses = ([x.detach().contiguous() for x in xs] for xs in zip(*parts, strict=True))
+    _call(_native.merge, {}, [array(x) for x in outs], [array(x) for x in lses])
+    return outs[0], lses[0]
+
+
+def read_memory(data: Tensor, streams: int, threads: int) -> None:
+    """Read all bytes of `data`, in `streams` places at a time: what memory gives at best. See `bench.timing`."""
+    _native.read_memory(data.numpy(), streams, threads)

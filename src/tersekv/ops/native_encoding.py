@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tersekv.errors import InputError
 from tersekv.layout import BLOCK, Layout
 from tersekv.ops import native
 from tersekv.ops.encoders import DenseEncoder, Encoder, TableEncoder
@@ -32,9 +33,12 @@ def encode(
     encoder: Encoder, x: Float[Tensor, "*lead block d"], layout: Layout, out: UInt8[Tensor, "*lead n"], isa: str = ""
 ) -> None:
     """Fills `out`, whose last dim holds a block and is contiguous; leading dims may be strided, as those of `x`."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    native._native.encode(_encoder(encoder, layout), x.detach(), out, isa, torch.get_num_threads())
+    x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
+    made = _encoder(encoder, layout)
+    try:
+        native._native.encode(made, native.array(x), native.array(out), isa, torch.get_num_threads())
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 @lru_cache
@@ -64,7 +68,9 @@ def repacks(packed: Packed) -> bool:
 def repack(packed: Packed, order: str, isa: str = "") -> Packed:
     data = packed.data if packed.data.stride(-1) == 1 else packed.data.contiguous()
     out = torch.empty(data.shape, dtype=torch.uint8)
-    native._native.repack(data, _codes(packed.layout), order, out, isa, torch.get_num_threads())
+    native._native.repack(
+        native.array(data), _codes(packed.layout), order, native.array(out), isa, torch.get_num_threads()
+    )
     return Packed(packed.layout.ordered(order), out)
 
 
@@ -74,7 +80,7 @@ def rotates(x: Tensor) -> bool:
 
 def rotate(x: Float[Tensor, "*lead d"], signs: Tensor, back: bool, isa: str = "") -> Float[Tensor, "*lead d"]:
     rows = x.float().contiguous()
-    out = torch.empty(rows.shape)
-    flat = (-1, x.shape[-1])
-    native._native.rotate(rows.view(flat), signs, back, out.view(flat), isa, torch.get_num_threads())
+    out = torch.empty_like(rows)
+    arrays = native.array(rows), native.array(signs), back, native.array(out)
+    native._native.rotate(*arrays, isa, torch.get_num_threads())
     return out

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -10,15 +11,18 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from tersekv import edge
+from tersekv import edge, ops
+from tersekv.codec import Codec
 from tersekv.codecs.lloydmax import LloydMax
 from tersekv.codecs.rotated import Rotated
 from tersekv.errors import TersekvError
-from tersekv.layout import BLOCK
+from tersekv.layout import BLOCK, Layout
+from tersekv.ops import native
 from tersekv.record import provenance
 from tersekv.terminal import Stages
 
 ROUNDS = 11
+BF16 = ", bf16 input"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,29 @@ def _gate(x: np.ndarray, bits: int) -> None:
         raise TersekvError(f"Parity gate: {100 * (1 - same):.3f} % of the NumPy bytes differ from torch's. No timing.")
 
 
+def _native(x: torch.Tensor, bits: int) -> dict[str, Callable[[], Any]]:
+    """The C++ encoders, where they are built, into pages that are there already. Bytes must be the reference's."""
+    if native.missing():
+        return {}
+    codecs = {"lloydmax": LloydMax(bits), "rotated with block mean": Rotated(bits, mean="block")}
+    encoders: dict[str, Callable[[], Any]] = {}
+    for dtype, note in ((torch.float32, ""), (torch.bfloat16, BF16)):
+        values = x.to(dtype)
+        for name, codec in codecs.items():
+            layout = _keys_layout(codec, x.shape[-1])
+            pages = torch.empty(len(x), layout.nbytes, dtype=torch.uint8)
+            if not torch.equal(
+                ops.encode(codec, values[:64], layout).data, ops.repack(codec.encode(values[:64]), layout.order).data
+            ):
+                raise TersekvError(f"Parity gate: the native bytes of {name} differ from torch's. No timing.")
+            encoders[f"native {name}{note}"] = partial(ops.encode, codec, values, layout, pages)
+    return encoders
+
+
+def _keys_layout(codec: Codec, d: int) -> Layout:
+    return ops.ordered(codec.layout(d), codec.recipe(d), "k", torch.device("cpu"))
+
+
 def encode(bits: int = 3, d: int = 128, vectors: int = 131_072, stages: Stages | None = None) -> EncodeBench:
     """Time every encoder on the same vectors, in turn, `ROUNDS` times; torch runs on one thread."""
     x = np.random.default_rng(0).standard_normal((vectors // BLOCK * BLOCK, d), dtype=np.float32)
@@ -73,6 +100,7 @@ def encode(bits: int = 3, d: int = 128, vectors: int = 131_072, stages: Stages |
         "torch lloydmax": lambda: LloydMax(bits).encode(blocks),
         "torch rotated with block mean": lambda: Rotated(bits, mean="block").encode(blocks),
         "numpy lloydmax (tersekv.edge)": lambda: edge.encode(x, bits),
+        **_native(blocks, bits),
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,6 +128,6 @@ def _row(name: str, values: list[float], rates: dict[str, list[float]], d: int) 
         "vectors_per_second": rate,
         "p20": float(low),
         "p80": float(high),
-        "gb_per_second": rate * d * 4 / 1e9,
+        "gb_per_second": rate * d * (2 if name.endswith(BF16) else 4) / 1e9,
         "ratio": ratio,
     }

@@ -1,0 +1,70 @@
+#include "side.h"
+
+#include <cmath>
+
+#include "require.h"
+
+namespace tersekv {
+
+namespace {
+
+Kind kind_of(const std::string& name) {
+  for (auto [text, kind] : {std::pair{"fp32", Kind::fp32}, {"fp16", Kind::fp16}, {"bf16", Kind::bf16},
+                            {"log8", Kind::log8}, {"int8", Kind::int8}})
+    if (name == text) return kind;
+  require(false, "Unknown kind of plane \"", name, "\". Allowed: fp32, fp16, bf16, log8, int8.");
+  return Kind::none;
+}
+
+int width(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
+
+void set_plane(Side& side, const PlaneArgs& args) {
+  const auto& [name, kind, offset, step] = args;
+  const Plane plane{kind_of(kind), offset, step};
+  int count = BLOCK;
+  if (name == "values") side.values = plane, count = BLOCK * side.d;
+  else if (name == "scale") side.scale = plane;
+  else if (name == "zero") side.zero = plane;
+  else if (name == "channel_scale") side.channel_scale = plane, count = side.d;
+  else if (name == "channel_zero") side.channel_zero = plane, count = side.d;
+  else require(false, "Unknown plane \"", name, "\". Allowed: values, scale, zero, channel_scale, channel_zero.");
+  const bool inside = offset >= 0 && offset + count * width(plane.kind) <= side.bytes && step + 2 <= side.bytes;
+  require(inside, "Plane ", name, " at byte ", offset, " ends beyond the ", side.bytes, " bytes of its block.");
+  require(name != "values" || plane.kind <= Kind::bf16, "Plane values: fp32, fp16 or bf16, not ", kind, ".");
+}
+
+// Levels 0..127 that come nearest to the table: what the int8 path looks up.
+void set_levels(Side& side, const std::vector<float>& table) {
+  float low = INFINITY, high = -INFINITY;
+  for (size_t i = 0; i < table.size(); i++) {
+    side.table[i] = table[i];
+    low = std::fmin(low, table[i]), high = std::fmax(high, table[i]);
+  }
+  side.low = low, side.step = high > low ? (high - low) / 127 : 1;
+  for (int i = 0; i < 64; i++) {
+    const float x = table[i % table.size()];
+    side.levels[i] = uint8_t(std::lround((x - low) / side.step));
+  }
+}
+
+}  // namespace
+
+Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
+               const std::vector<float>& table) {
+  const bool known = bits == 0 || bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8;
+  require(known, "bits=", bits, ". Allowed: 1, 2, 3, 4, 8, or 0 for dense values.");
+  require(d >= 8 && d <= MAX_HEAD_DIM && d % (bits ? 16 : 8) == 0, "head_dim ", d, ". Allowed: a multiple of ",
+          bits ? 16 : 8, " up to ", MAX_HEAD_DIM, ".");
+  require(bits == 0 || int(table.size()) == 1 << bits, "A table of ", table.size(), " entries for codes of ", bits,
+          " bits. It needs one for each code, ", 1 << bits, ".");
+  require(bits == 0 || (codes >= 0 && codes + BLOCK * d * bits / 8 <= bytes), "Plane codes at byte ", codes,
+          " ends beyond the ", bytes, " bytes of its block.");
+  Side side;
+  side.bits = bits, side.d = d, side.start = start, side.bytes = bytes, side.codes = codes;
+  for (const PlaneArgs& plane : planes) set_plane(side, plane);
+  require(bits || side.values, "A side without codes needs the plane values.");
+  if (bits) set_levels(side, table);
+  return side;
+}
+
+}  // namespace tersekv

@@ -1,0 +1,75 @@
+"""Peak memory of a process that reads a context with one cache: one process each, started by `tersekv bench decode`."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tersekv.errors import TersekvError
+from tersekv.terminal import Stages
+
+DENSE = "dense"
+CHUNK = 512  # tokens at a time, so that the cache and not the activations is what grows
+STEPS = 4
+STATUS = Path("/proc/self/status")
+UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+def peaks(model: str, dtype: str, specs: list[str], tokens: int, threads: int, stages: Stages) -> list[dict[str, Any]]:
+    rows = []
+    for spec in [DENSE, *specs]:
+        stages(f"{spec}: peak memory at {tokens:,} tokens")
+        command = [sys.executable, "-m", "tersekv.bench.peak", model, dtype, spec, str(tokens), str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise TersekvError(f"Measuring the memory of {spec} failed: {done.stderr.strip().splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+def measure(model: str, dtype: str, spec: str, tokens: int, threads: int) -> dict[str, Any]:
+    """Of this process: bytes before the first token, the peak from there on, and the cache's own bytes."""
+    import torch
+    from transformers import DynamicCache
+
+    import tersekv
+    from tersekv.eval.logits import arms
+    from tersekv.models import load
+    from tersekv.spec import parse
+
+    torch.set_num_threads(threads)
+    loaded = load(model, dtype).model
+    dense, *packed = arms(loaded, [] if spec == DENSE else [parse(spec)])
+    arm = packed[0] if packed else dense
+    with torch.inference_mode(), tersekv.attached(loaded):
+        ids = torch.arange(tokens)[None] % loaded.config.vocab_size
+        loaded(input_ids=ids[:, :1], past_key_values=DynamicCache(config=loaded.config))  # libraries load their parts
+        before = since_now()
+        for chunk in [*ids.split(CHUNK, 1), *[ids[:, :1]] * STEPS]:
+            loaded(input_ids=chunk, past_key_values=arm.cache, logits_to_keep=1)
+    about = {"name": spec, "dtype": dtype, "tokens": tokens + STEPS, "loaded": before, "peak": peak()}
+    return about | {"held": arm.bytes()["held"]}
+
+
+def since_now() -> int:
+    """Bytes resident now. On Linux the peak starts anew here: loading the model must not hide the cache."""
+    if not STATUS.is_file():
+        return peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Bytes resident at most so far."""
+    return _status("VmHWM") if STATUS.is_file() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+
+
+def _status(field: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(field))
+
+
+if __name__ == "__main__":
+    name, number_type, cache, count, cores = sys.argv[1:]
+    print(json.dumps(measure(name, number_type, cache, int(count), int(cores))))

@@ -1,0 +1,82 @@
+"""Fair times: every contestant in turn, none finding its data in a cache, and ratios of neighbours in time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from tersekv.errors import TersekvError
+from tersekv.ops import native
+
+FLUSH = 512 * 2**20  # bytes read between two calls: over ten times the last-level cache of any processor we met
+STREAMS = (1, 8, 12, 16)  # places read at a time; which is fastest depends on the processor's prefetchers
+
+
+class Cold:
+    """Empties the caches by reading other memory, and so measures how fast this machine reads meanwhile."""
+
+    def __init__(self, threads: int, size: int = FLUSH) -> None:
+        if why := native.missing():
+            raise TersekvError(f"The native kernels are needed to measure speed. {why}")
+        self.threads, self.data = threads, torch.ones(size, dtype=torch.uint8)
+        self.seconds: list[float] = []
+        self.streams = min(STREAMS, key=lambda streams: median(self._read(streams) for _ in range(5)))
+
+    def _read(self, streams: int) -> float:
+        began = perf_counter()
+        native.read_memory(self.data, streams, self.threads)
+        return perf_counter() - began
+
+    def __call__(self) -> None:
+        self.seconds.append(self._read(self.streams))
+
+    @property
+    def gb_per_second(self) -> float:
+        """Of every read since the last look, the median."""
+        seconds, self.seconds = median(self.seconds), []
+        return len(self.data) / seconds / 1e9
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch, and with it our kernels, on `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], Any]],
+    rounds: int,
+    between: Callable[[], Any],
+    report: Callable[[float], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each contestant, one a round; `between` runs before every call and is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name, run in contestants.items():
+            between()
+            began = perf_counter()
+            run()
+            seconds[name].append(perf_counter() - began)
+        if report:
+            report((number + 1) / rounds)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and 20th to 80th percentile."""
+    low, high = np.percentile(values, [20, 80])
+    return {"median": median(values), "p20": float(low), "p80": float(high)}
+
+
+def paired(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """How many times as long `slow` takes, from ratios within one round each."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])

@@ -1,0 +1,144 @@
+"""The verbs of `tersekv bench`. As in `cli`, each imports what it needs when it runs."""
+
+from pathlib import Path
+
+from cyclopts import App
+
+from tersekv.terminal import Json, Stages, show
+
+bench = App(name="bench", help="Measure speed: parity first, then medians of interleaved runs.")
+
+
+@bench.command(name="encode")
+def bench_encode(
+    *, bits: int = 3, d: int = 128, vectors: int = 131_072, out: Path | None = None, json: Json = False
+) -> None:
+    """Vectors a second of the NumPy, torch and native encoders.
+
+    Parameters
+    ----------
+    bits
+        Bits of a code.
+    d
+        Head dim.
+    vectors
+        How many fp32 vectors to encode in each round.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench.encode import encode
+    from tersekv.record import write
+
+    with Stages() as stages:
+        result = encode(bits, d, vectors, stages)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
+
+
+@bench.command(name="attend")
+def bench_attend(
+    run: Path | None = None,
+    *,
+    bits: str = "4,3,2",
+    d: str = "128",
+    heads: str = "32/8",
+    tokens: str = "1024,4096,32768",
+    new_tokens: str = "1",
+    rounds: int = 11,
+    threads: int = 1,
+    isa: str = "",
+    device: str = "cpu",
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Attention of one layer over packed pages beside PyTorch's and llama.cpp's, from a cold cache.
+
+    Parameters
+    ----------
+    run
+        A TOML run file with grids of cases, see runs/attend.toml. Without one, the next six options make a grid.
+    bits
+        Bits of our codes. This and the next four are lists with commas: every combination is a case.
+    d
+        Head dims.
+    heads
+        Query heads / KV heads.
+    tokens
+        Cached tokens.
+    new_tokens
+        New tokens that attend to them at once.
+    rounds
+        Times each contestant runs, in turn with the others.
+    threads
+        Threads of every contestant.
+    isa
+        Our instruction sets, the first one for all rows. Default: the best one, and avx2.
+    device
+        cpu. Other devices have no kernels yet.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench.attend import attend, grid_of, read_grids
+    from tersekv.bench.attend_tables import AttendResult
+    from tersekv.record import write
+
+    lists = {"bits": bits, "d": d, "heads": heads, "tokens": tokens, "new_tokens": new_tokens}
+    grids = read_grids(run) if run else [grid_of(lists, rounds)]
+    with Stages() as stages:
+        result = AttendResult(attend(grids, threads, [name for name in isa.split(",") if name], stages, device=device))
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
+
+
+@bench.command(name="decode")
+def bench_decode(
+    *,
+    model: str = "smollm2",
+    contexts: str = "512,2048,8192",
+    specs: str = "terse4,terse3",
+    dtypes: str = "bfloat16,float32",
+    new_tokens: int = 32,
+    threads: int = 1,
+    memory: bool = True,
+    llama_cpp: bool = True,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Tokens a second of a whole model beside the dense cache, quanto and llama.cpp, and the memory of the process.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m or a GGUF file, so that llama.cpp runs the same weights.
+    contexts
+        Context lengths, with commas; each ends with the new tokens.
+    specs
+        Our caches: presets or specs, with a semicolon between them if one has a comma.
+    dtypes
+        Of the model. The dense cache runs in each of them, all others in the first.
+    new_tokens
+        Tokens that each contestant decodes, in turn with the others.
+    threads
+        Threads of every contestant.
+    memory
+        Also measure the peak memory of a process with the dense cache and with each of ours.
+    llama_cpp
+        Whether llama.cpp takes part: its prefill of 8,192 tokens takes minutes for each kind of cache.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench.attend import whole_numbers
+    from tersekv.bench.decode import decode
+    from tersekv.bench.decode_tables import DecodeResult
+    from tersekv.record import write
+
+    asked = [spec.strip() for spec in specs.split(";" if ";" in specs else ",")]
+    lengths = list(whole_numbers("contexts", contexts))
+    with Stages() as stages:
+        found = decode(model, lengths, asked, dtypes.split(","), stages, new_tokens, threads, memory, llama_cpp)
+    result = DecodeResult(found)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)

@@ -1,0 +1,80 @@
+"""Cases for the kernel test program, in a file of arrays: `python tests/make_native_golden.py FILE`.
+
+Made anew wherever they are needed: the same pages, truth and bounds as in the tests of the Python module.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from native_cases import Case, make_case
+from native_truth import truth
+
+from tersekv.layout import Layout
+from tersekv.ops.recipe import Dense, Grid
+
+ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
+CASES = [
+    ("1 normal scale:log8", "2 normal scale:fp16", 64, 2, 1, [[0, 1], [63, 65]]),
+    ("2 normal scale:log8 channel_zero:int8", "3 normal scale:log8", 80, 3, 2, [[64, 130]]),
+    (f"3 normal {ALL}", f"4 uniform {ALL}", 96, 4, 5, [[65, 1]]),
+    (f"4 uniform {ALL}", f"1 normal {ALL}", 128, 1, 1, [[127, 64]]),
+    ("8 uniform scale:fp16 zero:bf16", "8 normal scale:fp32 channel_zero:int8", 64, 5, 1, [[66]]),
+    ("2 normal scale:log8", "4 normal channel_scale:fp32 channel_zero:bf16", 80, 4, 16, [[129]]),
+    ("3 normal scale:log8 channel_zero:int8", "3 normal scale:log8", 256, 7, 9, [[70]]),
+    ("4 normal scale:log8", "4 normal scale:log8", 64, 2, 1, [[1100]]),
+    ("dense fp32", "dense bf16", 72, 3, 1, [[65, 2]]),
+    ("dense fp16", "2 normal scale:log8", 80, 2, 3, [[65]]),
+    ("2 normal scale:log8", "dense fp16", 80, 2, 3, [[65]]),
+]
+
+
+def put(file: BinaryIO, x: Any, dtype: type | str) -> None:
+    array = np.frombuffer(x.encode(), np.uint8) if isinstance(x, str) else np.ascontiguousarray(x, dtype).ravel()
+    file.write(np.int32(array.size).tobytes() + array.tobytes())
+
+
+def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid, start: int) -> None:
+    planes = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
+    bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.nominal_bits, layout.offsets["codes"])
+    put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes)], np.int32)
+    for plane in planes:
+        put(file, plane.name, "")
+        put(file, plane.kind, "")
+        put(file, [layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)], np.int32)
+    put(file, [] if isinstance(recipe, Dense) else recipe.table, np.float32)
+
+
+def put_case(file: BinaryIO, name: str, case: Case) -> None:
+    pages = case.native
+    b, hq, n, d = case.q.shape
+    h, blocks = pages.table.shape[1:]
+    put(file, name, "")
+    put(file, [b, h, hq // h, n, d, blocks, pages.pool.shape[1]], np.int32)
+    put_side(file, pages.k_layout, pages.k_recipe, 0)
+    put_side(file, pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
+    put(file, pages.pool, np.uint8)
+    put(file, [], np.uint8)
+    put(file, pages.table, np.int32)
+    put(file, pages.lengths, np.int64)
+    put(file, case.q, np.float32)
+    put(file, [case.scale], np.float32)
+    for exact in (True, False):
+        right = truth(case, exact)
+        for x in (right.out, right.lse, right.out_bound, right.lse_bound):
+            put(file, x, np.float32)
+
+
+def write(path: Path) -> None:
+    with path.open("wb") as file:
+        put(file, [len(CASES)], np.int32)
+        for i, arguments in enumerate(CASES):
+            torch.manual_seed(i)
+            k, v, d, g, n, lengths = arguments
+            put_case(file, f"k={k} v={v} d={d} g={g} n={n} lengths={lengths}", make_case(*arguments))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

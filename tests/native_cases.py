@@ -1,0 +1,133 @@
+"""Pages of random codes for every form of the recipes, what attention over them is, and how far kernels may be off.
+
+No codec has all planes at once, so sides are made here: text such as "3 normal scale:log8 channel_zero:int8", or
+"dense fp16".
+"""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane
+from tersekv.ops import Pages
+from tersekv.ops.planes import read, read_codes, to_bytes
+from tersekv.ops.recipe import Dense, Grid
+from tersekv.packed import Packed, repack
+
+
+@dataclass(frozen=True)
+class Side:
+    """Pages of one side in the linear order."""
+
+    packed: Packed
+    recipe: Dense | Grid
+
+    @property
+    def int8(self) -> bool:
+        return isinstance(self.recipe, Grid) and len(self.recipe.table) < 256
+
+    def numbers(self, name: str, otherwise: float) -> Tensor:
+        values = read(self.packed, name)
+        return torch.full((1, 1, 1), otherwise).double() if values is None else values.double()
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """What each stored element stands for before scales, exactly and on the 128 levels of the int8 route."""
+        if isinstance(self.recipe, Dense):
+            values = read(self.packed, "values")
+            assert values is not None
+            return values.double(), values.double()
+        table = np.array(self.recipe.table, dtype=np.float32)
+        step = (table.max() - table.min()) / np.float32(127)
+        level = np.rint((table - table.min()) / step)
+        near = np.float64(table.min()) + np.float64(step) * level
+        codes = read_codes(self.packed).int()
+        return torch.from_numpy(table).double()[codes], torch.from_numpy(near)[codes]
+
+
+def _plane(text: str, d: int) -> Plane:
+    name, kind = text.split(":")
+    rows, cols = (1, d) if name.startswith("channel") else (BLOCK, 1)
+    return Plane(name, rows, cols, KIND_BITS[kind], kind)
+
+
+def _content(plane: Plane, pages: int) -> Tensor:
+    shape = (pages, plane.rows * plane.cols)
+    if plane.kind == "code":
+        return torch.randint(0, 256, (pages, plane.nbytes), dtype=torch.uint8)
+    if plane.name.endswith("_step"):
+        return to_bytes(torch.rand(shape) / 50, plane.kind)
+    if plane.kind == "int8":
+        return torch.randint(0, 256, shape, dtype=torch.uint8)
+    if plane.name.endswith("scale"):
+        sign = torch.ones(shape) if plane.kind == "log8" else torch.randn(shape).sign()
+        return to_bytes((torch.rand(shape) + 0.5) * sign, plane.kind)
+    return to_bytes(torch.randn(shape) / 2, plane.kind)
+
+
+def _recipe(form: str, bits: int) -> Grid:
+    if form == "uniform":
+        return Grid(tuple(i - 2.0 ** (bits - 1) for i in range(2**bits)))
+    return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)))
+
+
+def make_side(text: str, d: int, pages: int) -> Side:
+    first, form, *rest = text.split()
+    if first == "dense":
+        planes = [Plane("values", BLOCK, d, KIND_BITS[form], form)]
+        recipe: Dense | Grid = Dense()
+    else:
+        planes = [Plane("codes", BLOCK, d, int(first)), *(_plane(word, d) for word in rest)]
+        planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
+        recipe = _recipe(form, int(first))
+    layout = Layout(d, tuple(planes))
+    return Side(Packed.assemble(layout, {p.name: _content(p, pages) for p in planes}), recipe)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sides, whose pages lie row after row, and pools of them: `linear` for the reference, `native` for kernels."""
+
+    k: Side
+    v: Side
+    q: Tensor
+    linear: Pages
+    native: Pages
+    scale: float
+
+
+def make_case(k: str, v: str, d: int, g: int, n: int, lengths: list[list[int]]) -> Case:
+    """Pages in random places among unused ones; every byte that does not count is 0xFF, a NaN in floats."""
+    count = torch.tensor(lengths)
+    blocks = -(-int(count.max()) // BLOCK) + 1
+    starts = torch.arange(blocks) * BLOCK
+    used = starts < count[..., None]
+    total = int(used.sum())
+    place = torch.randperm(total + 3)[:total]
+    table = torch.full(used.shape, -1, dtype=torch.int32)
+    table[used] = place.to(torch.int32)
+    left = (count[..., None] - starts)[used].clamp(max=BLOCK)
+    sides = [make_side(text, d, total) for text in (k, v)]
+    for side in sides:
+        _poison(side.packed, left)
+    pools = []
+    for orders in (("linear", "linear"), ("simd_k", "simd_v")):
+        stored = [
+            repack(s.packed, o if isinstance(s.recipe, Grid) else "linear") for s, o in zip(sides, orders, strict=True)
+        ]
+        pool = torch.full((total + 3, sum(p.layout.nbytes for p in stored)), 0xFF, dtype=torch.uint8)
+        pool[place] = torch.cat([p.data for p in stored], -1)
+        layouts = [p.layout for p in stored]
+        pools.append(Pages(pool, table, count, *layouts, *(s.recipe for s in sides)))
+    b, h = count.shape
+    return Case(*sides, torch.randn(b, h * g, n, d), *pools, d**-0.5)
+
+
+def _poison(packed: Packed, left: Tensor) -> None:
+    """Numbers of tokens beyond the first `left` of each page become NaN, where their kind has one."""
+    for plane in packed.layout.planes:
+        if plane.rows == BLOCK and plane.kind != "code":
+            rows = packed.data[:, packed.layout.span(plane.name)].unflatten(1, (BLOCK, -1))
+            rows[torch.arange(BLOCK) >= left[:, None]] = 0xFF

@@ -1,0 +1,127 @@
+"""Native attention against fp64 on pages of random codes, on every instruction set that runs here."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from native_cases import Case, make_case
+from native_truth import Truth, compare, truth
+from torch import Tensor
+
+from tersekv.ops import attention as reference
+from tersekv.ops import native
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+RUN = [name for name, runs, _ in (native.isas() if native.missing() is None else []) if runs]
+
+ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
+SIDES = {
+    "1/2 bits": ("1 normal scale:log8", "2 normal scale:log8"),
+    "2/3 bits, mean": ("2 normal scale:log8 channel_zero:int8", "3 normal scale:fp16"),
+    "3/4 bits, zero": ("3 normal scale:log8 channel_zero:int8", "4 uniform scale:fp16 zero:fp16"),
+    "4/1 bits, bf16": ("4 uniform scale:fp16 zero:fp16", "1 normal scale:bf16"),
+    "channels": ("4 uniform channel_scale:fp16 channel_zero:fp16", "4 uniform channel_scale:fp32 channel_zero:bf16"),
+    "8/8 bits": ("8 uniform scale:fp16 zero:fp16", "8 normal scale:fp32"),
+    "3/2 bits, all": (f"3 normal {ALL}", f"2 normal {ALL}"),
+    "8/3 bits, all": (f"8 normal {ALL}", f"3 uniform {ALL}"),
+    "no scale": ("4 normal", "2 uniform channel_zero:bf16"),
+    "fp32/bf16": ("dense fp32", "dense bf16"),
+    "fp16/3 bits": ("dense fp16", "3 normal scale:log8"),
+    "2 bits/fp32": ("2 normal scale:log8 channel_zero:int8", "dense fp32"),
+    "1 bit/fp16": (f"1 uniform {ALL}", "dense fp16"),
+}
+RAGGED = [[0, 1], [63, 65]]
+SHAPES = {  # d, g, n, lengths
+    "d64": (64, 1, 1, RAGGED),
+    "d80 g3 n2": (80, 3, 2, [[64, 130], [1, 0]]),
+    "d96 g16 n5": (96, 16, 5, [[65, 63]]),
+    "d128 g4": (128, 4, 1, [[127], [321]]),
+    "d256 g2 n17": (256, 2, 17, [[66]]),
+    "d64 g4 n65": (64, 4, 65, [[129]]),
+    "splits": (64, 3, 1, [[1024, 1025], [2049, 1]]),
+}
+
+
+def agree(route: dict[str, tuple[Tensor, Tensor]], bound: Truth, exact: Truth) -> None:
+    """Integers are the same everywhere; only a weight at the edge of a step may fall to its other side."""
+    for (a, one), (b, other) in pairwise(route.items()):
+        apart = (one[0] - other[0]).abs()
+        allowed = bound.out_bound / 5 + 2 * exact.out_bound
+        assert (apart <= allowed).all(), (
+            f"{a} and {b} are {(apart - allowed).max()} further apart than rounding explains"
+        )
+        assert apart.mean() <= bound.out_bound.mean() / 100 + exact.out_bound.mean(), f"{a} and {b} differ too often"
+
+
+def check(case: Case) -> None:
+    exact, int8 = truth(case, exact=True), truth(case, exact=False)
+    compare(reference.attend_pages(case.q, case.linear, case.scale), exact, "reference")
+    routes: dict[bool, dict[str, tuple[Tensor, Tensor]]] = {True: {}, False: {}}
+    for isa in RUN:
+        for is_exact, right in ((True, exact), (False, int8)):
+            got = native.attend_pages(case.q, case.native, case.scale, is_exact, isa)
+            compare(got, right, f"{isa} {'exact' if is_exact else 'int8'}")
+            routes[is_exact][isa] = got
+    for is_exact, right in ((True, exact), (False, int8)):
+        agree(routes[is_exact], right, exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sides", SIDES)
+def test_pages(sides: str, shape: str) -> None:
+    check(make_case(*SIDES[sides], *SHAPES[shape]))
+
+
+@pytest.mark.parametrize("g", [5, 6, 7, 8, 9, 12, 16])
+def test_every_group(g: int) -> None:
+    check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avxvnni", "avx2", "neon", "portable"])
+def test_instruction_set_runs(isa: str) -> None:
+    """Names in the summary what was not tested above."""
+    if isa not in RUN:
+        pytest.skip(f"{isa} does not run on this processor, or is not in this build")
+
+
+def test_weights_far_below_the_largest() -> None:
+    """A block whose exponentials are denormal must count as nothing, not as infinity over infinity."""
+    case = make_case("4 uniform", "4 uniform scale:fp16", 64, 2, 1, [[128]])
+    first = slice(*case.native.k_layout.span("codes").indices(10**6)[:2])
+    case.native.pool[case.native.table[0, 0, 0], first] = 0x00  # every key of block 0 is -8, of block 1 it is 7
+    case.native.pool[case.native.table[0, 0, 1], first] = 0xFF
+    for apart in (80, 84, 86, 87, 90):
+        q = torch.full((1, 2, 1, 64), apart / (15 * 64))
+        one = native.attend_pages(q, case.native, 1.0, True, RUN[-1])
+        for isa in RUN:
+            out, lse = native.attend_pages(q, case.native, 1.0, False, isa)
+            assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+            assert (out - one[0]).abs().max() < 0.1, f"{isa}, {apart} nats apart"
+
+
+def test_queries_of_almost_zero() -> None:
+    case = make_case(*SIDES["1/2 bits"], 64, 2, 1, [[128]])
+    for size in (0.0, 1e-45, 1e-38, 1e-30):
+        whole = native.attend_pages(torch.full_like(case.q, size), case.native, 1.0, True)
+        for isa in RUN:
+            out, _ = native.attend_pages(torch.full_like(case.q, size), case.native, 1.0, False, isa)
+            assert (out - whole[0]).abs().max() < 0.05
+
+
+def test_strided_and_16_bit_queries() -> None:
+    case = make_case(*SIDES["2/3 bits, mean"], 64, 2, 3, RAGGED)
+    right = native.attend_pages(case.q, case.native, case.scale)
+    strided = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(native.attend_pages(strided, case.native, case.scale)[0], right[0])
+    low = case.q.bfloat16()
+    assert torch.equal(
+        native.attend_pages(low, case.native, case.scale)[0],
+        native.attend_pages(low.float(), case.native, case.scale)[0],
+    )
+
+
+def test_nothing_at_all() -> None:
+    case = make_case(*SIDES["1/2 bits"], 64, 2, 1, [[0, 0], [0, 0]])
+    for isa in RUN:
+        out, lse = native.attend_pages(case.q, case.native, 1.0, False, isa)
+        assert not out.any() and (lse == -torch.inf).all()
