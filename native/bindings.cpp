@@ -7,6 +7,7 @@
 
 #include "attend.h"
 #include "bandwidth.h"
+#include "encode_bindings.h"
 #include "isas.h"
 #include "require.h"
 #include "side.h"
@@ -190,5 +191,6 @@ NB_MODULE(_native, m) {
         "padding"_a.noconvert(), "causal"_a, "scale"_a, "isa"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
   m.def("merge", &merge_parts, "outs"_a, "lses"_a);
   m.def("read_memory", &read_memory, "data"_a.noconvert(), "streams"_a, "threads"_a, "Parity of all bytes.");
+  bind_encoding(m);
   m.def("isas", &isas, "Names, whether each runs here, and what it needs; best first.");
 }

@@ -130,6 +130,35 @@ struct Vector {
   static INLINE void store_int8(int8_t* p, Floats x) {
     for (int i = 0; i < LANES; i++) p[i] = int8_t(((Ints)x)[i]);
   }
+
+  // What encoders need. Lane i becomes x[i] + x[i ^ S], or x[i ^ S] - x[i] where bit S of i is set; S = 1, 2, 4, ...
+  static INLINE Floats hadamard(Floats x) {
+    for (int s = 1; s < LANES; s *= 2) {
+      Floats y;
+      for (int i = 0; i < LANES; i++) y[i] = i & s ? x[i ^ s] - x[i] : x[i] + x[i ^ s];
+      x = y;
+    }
+    return x;
+  }
+  // Sums of four registers: first half of the lanes plus second half, and again.
+  static INLINE Quad halved(const Floats x[4]) {
+    Quad out;
+    for (int r = 0; r < 4; r++) {
+      Floats y = x[r];
+      for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] += y[i + half];
+      out[r] = y[0];
+    }
+    return out;
+  }
+  static INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
+  static INLINE Ints count(Ints level, Floats x, Floats threshold) { return level - (Ints)(x > threshold); }
+  static INLINE Ints flip(Ints level, Floats sign, Ints mask) { return level ^ ((Ints)(sign < Floats{}) & mask); }
+  // The low bytes of four tokens' codes: four channels of a token side by side, and 256 bytes on the next four channels.
+  static INLINE void store_words(uint8_t* p, const Ints code[4]) {
+    for (int i = 0; i < LANES; i++)
+      for (int j = 0; j < 4; j++) p[256 * (i / 4) + 4 * j + i % 4] = uint8_t(code[j][i]);
+  }
 };
 
 }  // namespace tersekv::TERSEKV_ISA

@@ -64,6 +64,27 @@ struct Isa : Vector {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
   static INLINE Floats from_log8(const uint8_t* p, const float* table) { return log8_by_table(p, table); }
+
+  template <int S>
+  static INLINE __m256 butterfly(__m256 x, __m256 other) {
+    alignas(32) float sign[8];
+    for (int i = 0; i < 8; i++) sign[i] = i & S ? -1.f : 1.f;
+    return _mm256_fmadd_ps(x, _mm256_load_ps(sign), other);  // the product is exact: one rounding
+  }
+  static INLINE Floats hadamard(Floats floats) {
+    __m256 x = (__m256)floats;
+    x = butterfly<1>(x, _mm256_permute_ps(x, 0xb1));
+    x = butterfly<2>(x, _mm256_permute_ps(x, 0x4e));
+    return (Floats)butterfly<4>(x, _mm256_permute2f128_ps(x, x, 1));
+  }
+  static INLINE Quad halved(const Floats x[4]) { return (Quad)quad_halved(reinterpret_cast<const __m256*>(x)); }
+  static INLINE void store_words(uint8_t* p, const Ints code[4]) {
+    const __m256i ab = _mm256_packus_epi32((__m256i)code[0], (__m256i)code[1]);
+    const __m256i all = _mm256_packus_epi16(ab, _mm256_packus_epi32((__m256i)code[2], (__m256i)code[3]));
+    __m128i* to = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(to, _mm256_castsi256_si128(all));
+    _mm_storeu_si128(to + 16, _mm256_extracti128_si256(all, 1));
+  }
 };
 
 }  // namespace tersekv::TERSEKV_ISA

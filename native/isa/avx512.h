@@ -81,6 +81,43 @@ struct Isa : Vector {
     __m512i value = _mm512_add_epi32(_mm512_castps_si512(first), power);
     return (Floats)_mm512_maskz_mov_ps(_mm512_test_epi32_mask(code, code), _mm512_castsi512_ps(value));
   }
+
+  template <int S>
+  static INLINE __m512 butterfly(__m512 x, __m512 other) {
+    alignas(64) float sign[16];
+    for (int i = 0; i < 16; i++) sign[i] = i & S ? -1.f : 1.f;
+    return _mm512_fmadd_ps(x, _mm512_load_ps(sign), other);  // the product is exact: one rounding
+  }
+  static INLINE Floats hadamard(Floats floats) {
+    __m512 x = (__m512)floats;
+    x = butterfly<1>(x, _mm512_permute_ps(x, 0xb1));
+    x = butterfly<2>(x, _mm512_permute_ps(x, 0x4e));
+    x = butterfly<4>(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    return (Floats)butterfly<8>(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  }
+  static INLINE Quad halved(const Floats x[4]) {
+    __m256 half[4];
+    for (int r = 0; r < 4; r++)
+      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[r]), _mm512_extractf32x8_ps((__m512)x[r], 1));
+    return (Quad)quad_halved(half);
+  }
+  static INLINE Ints count(Ints level, Floats x, Floats threshold) {
+    const __mmask16 above = _mm512_cmp_ps_mask((__m512)x, (__m512)threshold, _CMP_GT_OQ);
+    return (Ints)_mm512_mask_add_epi32((__m512i)level, above, (__m512i)level, _mm512_set1_epi32(1));
+  }
+  static INLINE Ints flip(Ints level, Floats sign, Ints mask) {
+    const __mmask16 negative = _mm512_cmp_ps_mask((__m512)sign, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return (Ints)_mm512_mask_xor_epi32((__m512i)level, negative, (__m512i)level, (__m512i)mask);
+  }
+  static INLINE void store_words(uint8_t* p, const Ints code[4]) {
+    const __m512i ab = _mm512_packus_epi32((__m512i)code[0], (__m512i)code[1]);
+    const __m512i all = _mm512_packus_epi16(ab, _mm512_packus_epi32((__m512i)code[2], (__m512i)code[3]));
+    __m128i* to = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(to, _mm512_castsi512_si128(all));
+    _mm_storeu_si128(to + 16, _mm512_extracti32x4_epi32(all, 1));
+    _mm_storeu_si128(to + 32, _mm512_extracti32x4_epi32(all, 2));
+    _mm_storeu_si128(to + 48, _mm512_extracti32x4_epi32(all, 3));
+  }
 };
 
 }  // namespace tersekv::TERSEKV_ISA

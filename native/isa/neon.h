@@ -59,6 +59,17 @@ struct Isa : Vector {
     return (Floats)vshll_n_u16(vld1_u16(static_cast<const uint16_t*>(p)), 16);
   }
   static INLINE Floats from_log8(const uint8_t* p, const float* table) { return log8_by_table(p, table); }
+
+  static INLINE Floats hadamard(Floats x) {
+    const Floats first = {1, -1, 1, -1}, second = {1, 1, -1, -1};
+    x = (Floats)vrev64q_f32((float32x4_t)x) + x * first;  // the products are exact
+    return (Floats)vextq_f32((float32x4_t)x, (float32x4_t)x, 2) + x * second;
+  }
+  static INLINE void store_words(uint8_t* p, const Ints code[4]) {
+    const uint16x8_t ab = vcombine_u16(vmovn_u32((uint32x4_t)code[0]), vmovn_u32((uint32x4_t)code[1]));
+    const uint16x8_t cd = vcombine_u16(vmovn_u32((uint32x4_t)code[2]), vmovn_u32((uint32x4_t)code[3]));
+    vst1q_u8(p, vcombine_u8(vmovn_u16(ab), vmovn_u16(cd)));
+  }
 };
 
 }  // namespace tersekv::TERSEKV_ISA

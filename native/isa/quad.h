@@ -18,4 +18,12 @@ TERSEKV_QUAD(quad_max, _mm256_max_ps, _mm_max_ps)
 TERSEKV_QUAD(quad_sum, _mm256_add_ps, _mm_add_ps)
 #undef TERSEKV_QUAD
 
+// Sums of four registers in the order of the format: lanes 8, 4, 2, 1, each time the first half plus the second.
+static INLINE __m128 quad_halved(const __m256 x[4]) {
+  __m128 four[4];
+  for (int r = 0; r < 4; r++) four[r] = _mm_add_ps(_mm256_castps256_ps128(x[r]), _mm256_extractf128_ps(x[r], 1));
+  _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
+  return _mm_add_ps(_mm_add_ps(four[0], four[2]), _mm_add_ps(four[1], four[3]));
+}
+
 }  // namespace tersekv::TERSEKV_ISA

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tersekv.errors import SpecError, did_you_mean
 from tersekv.layout import Layout
+from tersekv.ops import repack
+from tersekv.ops.encoders import Encoder
 from tersekv.ops.recipe import Recipe
-from tersekv.packed import Packed, repack
+from tersekv.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Codec(ABC):
     @abstractmethod
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         """Each block on its own, so that any chunking of the input gives the same bytes."""
+
+    def encoder(self, d: int) -> Encoder | None:
+        """What `encode` does, as data for native code that gives the same bytes; None: only `encode` does it."""
+        return None
 
     def decode(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
         """fp32 values in the model's domain, whatever order the codes are stored in."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages, ordered
-from tersekv.packed import Packed, repack
+from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, ordered, repack
+from tersekv.packed import Packed
 from tersekv.ragged import Lengths, join, take
 
 
@@ -116,9 +116,7 @@ class PackedTier:
         blocks = tokens.k.shape[2] // self.block
         filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
         k, v = (x.unflatten(2, (blocks, self.block))[filled] for x in (tokens.k, tokens.v))
-        stored = [
-            repack(c.encode(x), y.order).data for c, x, y in zip((self.k, self.v), (k, v), self.layouts, strict=True)
-        ]
+        stored = [encode(c, x, y).data for c, x, y in zip((self.k, self.v), (k, v), self.layouts, strict=True)]
         pages = torch.cat(stored, -1)
         tier = self.compacted()
         ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
+from tersekv.ops.encoders import UniformEncoder
 from tersekv.ops.planes import pack_codes, stored, to_bytes
 from tersekv.ops.recipe import Grid
 from tersekv.packed import Packed
@@ -60,6 +61,9 @@ class IntN(Codec):
         low = -(2 ** (self.bits - 1)) if self.symmetric else 0
         return Grid(tuple(float(low + code) for code in range(2**self.bits)))
 
+    def encoder(self, d: int) -> UniformEncoder:
+        return UniformEncoder(self.symmetric)
+
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         layout = self.layout(x.shape[-1])
         rows, cols = self._scale_shape(x.shape[-1])
@@ -77,12 +81,14 @@ class IntN(Codec):
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor, int, int]:
         """Stored scale and zero of each group, and the lowest and highest step.
 
-        Multiplied by a constant, because torch divides by one on the CPU and multiplies by its inverse on a GPU.
+        Multiplied by a constant, because torch divides by one on the CPU and multiplies by its inverse on a GPU. The
+        sums with 0 make a zero positive: of a positive and a negative one, either may be found first.
         """
         smallest, largest = groups.amin((-1, -3), keepdim=True), groups.amax((-1, -3), keepdim=True)
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
-            scale = torch.maximum(-smallest, largest) * np.float32(1 / top).item()
+            scale = torch.maximum(-smallest, largest) * np.float32(1 / top).item() + 0.0
             return stored(scale, "fp16"), torch.zeros_like(scale), -top - 1, top
         top = 2**self.bits - 1
-        return stored((largest - smallest) * np.float32(1 / top).item(), "fp16"), stored(smallest, "fp16"), 0, top
+        scale = (largest - smallest) * np.float32(1 / top).item() + 0.0
+        return stored(scale, "fp16"), stored(smallest + 0.0, "fp16"), 0, top

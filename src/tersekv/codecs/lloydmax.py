@@ -15,6 +15,7 @@ from torch import Tensor
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import Layout, codes_and_scale
+from tersekv.ops.encoders import TableEncoder
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, to_bytes
 from tersekv.ops.recipe import Grid
@@ -38,6 +39,9 @@ class LloydMax(Codec):
 
     def recipe(self, d: int) -> Grid:
         return Grid(tuple((table(self.bits) / np.float32(sqrt(d))).tolist()))
+
+    def encoder(self, d: int) -> TableEncoder:
+        return TableEncoder(tuple(lloyd_max(self.bits)[1].tolist()), tuple(table(self.bits).tolist()))
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         x, d = x.float(), x.shape[-1]

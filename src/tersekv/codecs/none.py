@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tersekv.codec import Codec, check_choice
 from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane, check_head_dim
+from tersekv.ops.encoders import DenseEncoder
 from tersekv.ops.planes import FLOATS, to_bytes
 from tersekv.ops.recipe import Dense
 from tersekv.packed import Packed
@@ -27,6 +28,9 @@ class NoneCodec(Codec):
 
     def recipe(self, d: int) -> Dense:
         return Dense()
+
+    def encoder(self, d: int) -> DenseEncoder:
+        return DenseEncoder()
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         layout = self.layout(x.shape[-1])

@@ -22,12 +22,15 @@ from torch import Tensor
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
+from tersekv.ops import rotate as fast_rotate
+from tersekv.ops import unrotate as fast_unrotate
+from tersekv.ops.encoders import TableEncoder
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
 from tersekv.ops.recipe import Grid
 from tersekv.ops.sums import channel_sum, root, token_sum, unit_scale
 from tersekv.packed import Packed
-from tersekv.rotation import rotate, unrotate
+from tersekv.rotation import rotate, signs
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Rotated(Codec):
     def recipe(self, d: int) -> Grid:
         return Grid(tuple(table(self.bits, d).tolist()))
 
+    def encoder(self, d: int) -> TableEncoder:
+        return TableEncoder(
+            thresholds=tuple(lloyd_max(self.bits, d)[1].tolist()),
+            centroids=tuple(table(self.bits, d).tolist()),
+            unbiased=self.scale == "unbiased",
+            factor=np.float32(d**-0.5).item(),
+            signs=tuple(signs(d, self.seed).tolist()),
+        )
+
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         d = x.shape[-1]
         y, planes = rotate(x, self.seed), {}
@@ -79,10 +91,10 @@ class Rotated(Codec):
         return torch.where(along > 0, energy / along, 0)
 
     def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return rotate(q, self.seed)
+        return fast_rotate(q, self.seed)
 
     def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return unrotate(o, self.seed)
+        return fast_unrotate(o, self.seed)
 
 
 def _eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:

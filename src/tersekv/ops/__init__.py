@@ -9,6 +9,7 @@ from torch import Tensor
 from tersekv.layout import Layout
 from tersekv.ops import attention as reference
 from tersekv.ops import native
+from tersekv.ops.encoding import encode, repack, rotate, unrotate
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Recipe
 
@@ -20,11 +21,15 @@ __all__ = [
     "attend_causal",
     "attend_dense",
     "attend_pages",
+    "encode",
     "explain",
     "implementation",
     "implementation_of",
     "merge",
     "ordered",
+    "repack",
+    "rotate",
+    "unrotate",
 ]
 
 FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's matrix products

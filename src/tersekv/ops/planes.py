@@ -33,7 +33,7 @@ def unpack_codes(stream: UInt8[Tensor, "*lead m"], bits: int) -> UInt8[Tensor, "
 
 
 @lru_cache
-def _log8_edges() -> tuple[np.ndarray, np.ndarray]:
+def log8_edges() -> tuple[np.ndarray, np.ndarray]:
     """Values of codes 0..255, and the fp32 edges between codes 1..255 (half a step, geometrically)."""
     steps = np.arange(256, dtype=np.float64) - LOG8_ZERO
     values = np.where(np.arange(256) == 0, 0.0, 2 ** (steps / LOG8_STEPS))
@@ -46,13 +46,13 @@ def log8_codes(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
     Compared with fp32 edges instead of a logarithm, because `log2` differs in its last bit between libraries.
     """
-    values, edges = _log8_edges()
+    values, edges = log8_edges()
     codes = torch.bucketize(x, torch.from_numpy(edges).to(x.device)) + 1
     return torch.where(x >= values[1].item() / 2, codes, 0).to(torch.uint8)
 
 
 def log8_values(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return torch.from_numpy(_log8_edges()[0]).to(codes.device)[codes.int()]
+    return torch.from_numpy(log8_edges()[0]).to(codes.device)[codes.int()]
 
 
 def to_bytes(x: Tensor, kind: str) -> UInt8[Tensor, "*lead n"]:

@@ -1,0 +1,204 @@
+// Encoders and their arrays from Python. Everything that an index could go wrong on is checked here, before any read.
+#include "encode_bindings.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "encode.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tersekv {
+
+namespace {
+
+using Values = nb::ndarray<nb::ro, nb::device::cpu>;
+using Blocks = nb::ndarray<const uint8_t, nb::device::cpu>;
+using Pages = nb::ndarray<uint8_t, nb::device::cpu>;
+using Codes = std::tuple<int, int, std::string, int, int>;         // d, bits, order, offset, bytes of a block
+using PlaneArgs = std::tuple<std::string, std::string, int, int>;  // name, kind, offset, offset of the step or -1
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+template <class T>
+T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> all, const char* what) {
+  for (const auto& [text, value] : all)
+    if (name == text) return value;
+  throw std::invalid_argument("Unknown " + std::string(what) + " \"" + name + "\".");
+}
+
+Order order_of(const std::string& name) {
+  return named<Order>(name, {{"linear", Order::linear}, {"simd_k", Order::simd_k}, {"simd_v", Order::simd_v}},
+                      "storage order");
+}
+
+int width_of(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
+
+void check_codes(int d, int bits, int codes, int nbytes) {
+  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim: a multiple of 16 up to 512.");
+  require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: 1, 2, 3, 4 or 8.");
+  require(codes >= 0 && codes + d * BLOCK / 8 * bits <= nbytes, "The codes do not fit the block.");
+}
+
+// The planes of a block; `count` numbers of each must fit it.
+Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& planes) {
+  Encoder e;
+  std::string order;
+  std::tie(e.d, e.bits, order, e.codes, e.nbytes) = codes;
+  e.method = method, e.order = order_of(order);
+  check_codes(e.d, method == Method::dense ? 1 : e.bits, e.codes, e.nbytes);
+  for (const auto& [name, kind, offset, step] : planes) {
+    Plane* plane = named<Plane*>(name, {{"values", &e.values}, {"scale", &e.scale}, {"zero", &e.zero},
+                                        {"channel_scale", &e.channel_scale}, {"channel_zero", &e.channel_zero}}, "plane");
+    *plane = {named<Kind>(kind, {{"fp32", Kind::fp32}, {"fp16", Kind::fp16}, {"bf16", Kind::bf16},
+                                 {"log8", Kind::log8}, {"int8", Kind::int8}}, "kind of plane"), offset, step};
+    const int count = name == "values" ? BLOCK * e.d : name == "scale" || name == "zero" ? BLOCK : e.d;
+    require(offset >= 0 && offset + count * width_of(plane->kind) <= e.nbytes, "A plane does not fit the block.");
+    require((plane->kind == Kind::int8) == (step >= 0 && step + 2 <= e.nbytes), "int8 planes, and only they, have a step.");
+  }
+  return e;
+}
+
+Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<float>& thresholds,
+                       const std::vector<float>& centroids, bool unbiased, float factor, const std::vector<float>& signs,
+                       const std::vector<float>& log8_edges, float log8_floor) {
+  Encoder e = base(Method::table, codes, planes);
+  const size_t half = size_t(1) << (e.bits - 1);
+  require(thresholds.size() == half - 1 && centroids.size() == 2 * half, "The table needs an entry for each code.");
+  require(std::is_sorted(thresholds.begin(), thresholds.end()) && (half == 1 || thresholds[0] > 0), "Thresholds must be positive and ascend.");
+  require(signs.empty() || int(signs.size()) == e.d, "The rotation needs a sign for each channel.");
+  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8, "A plane `scale`, and 254 edges of its logarithms.");
+  require(!e.channel_zero || e.channel_zero.kind == Kind::int8, "The mean is stored as int8.");
+  std::fill(e.thresholds, e.thresholds + 256, INFINITY);
+  std::copy(thresholds.begin(), thresholds.end(), e.thresholds);
+  std::fill(e.centroids, e.centroids + 256, 0.f);
+  std::copy(centroids.begin(), centroids.end(), e.centroids);
+  std::copy(signs.begin(), signs.end(), e.signs);
+  e.rotated = !signs.empty(), e.unbiased = unbiased, e.factor = factor, e.root_d = float(std::sqrt(double(e.d)));
+  set_bins(e);
+  set_log8(e.log8, log8_edges, log8_floor);
+  return new Encoder(e);
+}
+
+Encoder* uniform_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, bool symmetric) {
+  Encoder e = base(Method::uniform, codes, planes);
+  const Plane &scale = e.channel_scale ? e.channel_scale : e.scale, &zero = e.channel_scale ? e.channel_zero : e.zero;
+  require(e.bits > 1 && scale.kind == Kind::fp16 && (symmetric || zero.kind == Kind::fp16), "Scale and zero are stored as fp16.");
+  const int top = (1 << (e.bits - symmetric)) - 1;
+  e.symmetric = symmetric, e.low = symmetric ? -top - 1 : 0, e.high = top, e.inverse_top = float(1.0 / top);
+  return new Encoder(e);
+}
+
+Encoder* dense_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes) {
+  const Encoder e = base(Method::dense, codes, planes);
+  require(e.values && width_of(e.values.kind) > 1, "A plane `values` of fp32, fp16 or bf16.");
+  return new Encoder(e);
+}
+
+Kind kind_of(const nb::dlpack::dtype& type) {
+  const bool real = type.code == uint8_t(nb::dlpack::dtype_code::Float);
+  if (real && type.bits == 32) return Kind::fp32;
+  if (real && type.bits == 16) return Kind::fp16;
+  require(type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16, "Values to encode: fp32, fp16 or bf16.");
+  return Kind::bf16;
+}
+
+// Calls visit(start of a block, in bytes from the array's) for every index of the leading dims, the last one fastest.
+template <class Array, class Visit>
+void each_block(const Array& x, size_t inner, Visit visit) {
+  const size_t dims = x.ndim() - inner;
+  std::vector<size_t> at(dims, 0);
+  int64_t count = 1;
+  for (size_t i = 0; i < dims; i++) count *= int64_t(x.shape(i));
+  for (int64_t n = 0; n < count; n++) {
+    int64_t start = 0;
+    for (size_t i = 0; i < dims; i++) start += int64_t(at[i]) * x.stride(i);
+    visit(start * int64_t(x.itemsize()));
+    for (size_t i = dims; i-- > 0 && ++at[i] == x.shape(i);) at[i] = 0;
+  }
+}
+
+template <class A, class B>
+void same_lead(const A& a, size_t inner, const B& b) {
+  require(a.ndim() >= inner && b.ndim() == a.ndim() - inner + 1, "One output block for each input block.");
+  for (size_t i = 0; i + inner < a.ndim(); i++) require(a.shape(i) == b.shape(i), "One output block for each input block.");
+}
+
+template <class Array>
+void check_row(const Array& x, int64_t length) {
+  require(int64_t(x.shape(x.ndim() - 1)) == length && (length < 2 || x.stride(x.ndim() - 1) == 1),
+          "The last dim must be whole and contiguous.");
+}
+
+std::vector<uint8_t*> pages_of(const Pages& out, int nbytes) {
+  check_row(out, nbytes);
+  std::vector<uint8_t*> pages;
+  each_block(out, 1, [&](int64_t start) { pages.push_back(out.data() + start); });
+  return pages;
+}
+
+void encode_blocks(const Encoder& e, Values x, Pages out, const std::string& isa, int threads) {
+  same_lead(x, 2, out);
+  require(x.shape(x.ndim() - 2) == BLOCK, "Blocks of 64 tokens.");
+  check_row(x, e.d);
+  const std::vector<uint8_t*> pages = pages_of(out, e.nbytes);
+  const Kind kind = kind_of(x.dtype());
+  std::vector<Input> blocks;
+  each_block(x, 2, [&](int64_t start) {
+    blocks.push_back({static_cast<const uint8_t*>(x.data()) + start, x.stride(x.ndim() - 2) * int64_t(x.itemsize()), kind});
+  });
+  const EncodeKernels& kernels = encode_kernels(isa);
+  nb::gil_scoped_release release;
+  encode(e, blocks, pages, kernels, threads);
+}
+
+void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, Pages out, const std::string& isa, int threads) {
+  const auto& [d, bits, from, offset, nbytes] = codes;
+  check_codes(d, bits, offset, nbytes);
+  same_lead(blocks, 1, out);
+  check_row(blocks, nbytes);
+  const std::vector<uint8_t*> pages = pages_of(out, nbytes);
+  std::vector<const uint8_t*> sources;
+  each_block(blocks, 1, [&](int64_t start) { sources.push_back(blocks.data() + start); });
+  const Repacking how{bits, d, nbytes, offset, order_of(from), order_of(order)};
+  const EncodeKernels& kernels = encode_kernels(isa);
+  nb::gil_scoped_release release;
+  repack(how, sources, pages, kernels, threads);
+}
+
+using Rows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ReadRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Signs = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void rotate_rows(ReadRows x, Signs signs, bool back, Rows out, const std::string& isa, int threads) {
+  const int d = int(x.shape(1));
+  require(d >= 16 && d % 16 == 0, "head_dim: a multiple of 16.");
+  require(x.shape(0) == out.shape(0) && x.shape(1) == out.shape(1) && int(signs.shape(0)) == d,
+          "`out` must have the shape of `x`, and `signs` an entry for each channel.");
+  const float *before = back ? nullptr : signs.data(), *after = back ? signs.data() : nullptr;
+  rotate(x.data(), int64_t(x.shape(0)), d, before, after, out.data(), encode_kernels(isa), threads);
+}
+
+}  // namespace
+
+void bind_encoding(nb::module_& m) {
+  nb::class_<Encoder>(m, "Encoder");
+  m.def("table_encoder", &table_encoder, "codes"_a, "planes"_a, "thresholds"_a, "centroids"_a, "unbiased"_a, "factor"_a,
+        "signs"_a, "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
+  m.def("uniform_encoder", &uniform_encoder, "codes"_a, "planes"_a, "symmetric"_a, nb::rv_policy::take_ownership);
+  m.def("dense_encoder", &dense_encoder, "codes"_a, "planes"_a, nb::rv_policy::take_ownership);
+  m.def("encode", &encode_blocks, "encoder"_a, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("repack", &repack_blocks, "blocks"_a.noconvert(), "codes"_a, "order"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("rotate", &rotate_rows, "x"_a.noconvert(), "signs"_a.noconvert(), "back"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
+}
+
+}  // namespace tersekv

@@ -1,0 +1,80 @@
+"""The C++ encoders: what they take, and how blocks reach them. The source is `native/encode*`."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from tersekv.layout import BLOCK, Layout
+from tersekv.ops import native
+from tersekv.ops.encoders import DenseEncoder, Encoder, TableEncoder
+from tersekv.ops.planes import log8_edges
+from tersekv.ops.recipe import Recipe
+from tersekv.packed import Packed
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 512
+
+
+def _fits(d: int) -> bool:
+    return native.missing() is None and d % 16 == 0 and 16 <= d <= MAX_HEAD_DIM
+
+
+def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
+    """Whether `encode` can run: values in memory, and planes such as the kernels read."""
+    whole = layout.block == BLOCK and _fits(layout.d) and native.refusal(layout, recipe) is None
+    return whole and x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def encode(
+    encoder: Encoder, x: Float[Tensor, "*lead block d"], layout: Layout, out: UInt8[Tensor, "*lead n"], isa: str = ""
+) -> None:
+    """Fills `out`, whose last dim holds a block and is contiguous; leading dims may be strided, as those of `x`."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    native._native.encode(_encoder(encoder, layout), x.detach(), out, isa, torch.get_num_threads())
+
+
+@lru_cache
+def _encoder(encoder: Encoder, layout: Layout) -> Any:
+    """The C++ encoder, made once for each layout."""
+    planes = [native._plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
+    if isinstance(encoder, DenseEncoder):
+        return native._native.dense_encoder((layout.d, 0, "linear", 0, layout.nbytes), planes)
+    if not isinstance(encoder, TableEncoder):
+        return native._native.uniform_encoder(_codes(layout), planes, encoder.symmetric)
+    values, edges = log8_edges()
+    table = list(encoder.thresholds), list(encoder.centroids), encoder.unbiased, encoder.factor, list(encoder.signs)
+    return native._native.table_encoder(_codes(layout), planes, *table, edges.tolist(), values[1].item() / 2)
+
+
+def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
+    return layout.d, layout.nominal_bits, layout.order, layout.offsets["codes"], layout.nbytes
+
+
+def repacks(packed: Packed) -> bool:
+    """Whether `repack` can run: codes in memory, in a width that has another order."""
+    layout = packed.layout
+    known = "codes" in layout and layout.takes("simd_k") and _fits(layout.d)
+    return known and packed.data.device.type == "cpu" and sum(p.kind == "code" for p in layout.planes) == 1
+
+
+def repack(packed: Packed, order: str, isa: str = "") -> Packed:
+    data = packed.data if packed.data.stride(-1) == 1 else packed.data.contiguous()
+    out = torch.empty(data.shape, dtype=torch.uint8)
+    native._native.repack(data, _codes(packed.layout), order, out, isa, torch.get_num_threads())
+    return Packed(packed.layout.ordered(order), out)
+
+
+def rotates(x: Tensor) -> bool:
+    return x.device.type == "cpu" and _fits(x.shape[-1]) and not x.requires_grad
+
+
+def rotate(x: Float[Tensor, "*lead d"], signs: Tensor, back: bool, isa: str = "") -> Float[Tensor, "*lead d"]:
+    rows = x.float().contiguous()
+    out = torch.empty(rows.shape)
+    flat = (-1, x.shape[-1])
+    native._native.rotate(rows.view(flat), signs, back, out.view(flat), isa, torch.get_num_threads())
+    return out
