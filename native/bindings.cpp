@@ -190,7 +190,7 @@ NB_MODULE(_native, m) {
   m.def("attend_dense", &attend_dense, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "lengths"_a.noconvert(),
         "padding"_a.noconvert(), "causal"_a, "scale"_a, "isa"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
   m.def("merge", &merge_parts, "outs"_a, "lses"_a);
-  bind_encoding(m);
   m.def("read_memory", &read_memory, "data"_a.noconvert(), "streams"_a, "threads"_a, "Parity of all bytes.");
+  bind_encoding(m);
   m.def("isas", &isas, "Names, whether each runs here, and what it needs; best first.");
 }

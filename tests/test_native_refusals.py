@@ -62,7 +62,9 @@ def test_random_tables_and_lengths(case: Case, table: list[int], length: list[in
         alone = changed(case.native, table=torch.tensor([[row]]).int(), lengths=torch.tensor([[n]]))
         q = case.q.view(4, 1, 2, 1, 64)[i]
         one = native.attend_pages(q, alone, case.scale, exact=True)
-        assert torch.equal(out.view(4, 2, 1, 64)[i], one[0][0]) and torch.equal(lse.view(4, 2, 1)[i], one[1][0])
+        for whole, part in ((out.view(4, 2, 1, 64)[i], one[0][0]), (lse.view(4, 2, 1)[i], one[1][0])):
+            # Pages of the pool that no block uses hold NaN; a table that names one gets it.
+            torch.testing.assert_close(whole, part, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_case_itself_is_right(case: Case) -> None:
