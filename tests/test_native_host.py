@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hosting import PROMPT, forward
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 import tersekv
 from tersekv import ops
 from tersekv.ops import native
+from tersekv.spec import parse
+from tersekv.store import Store
 
 WITHOUT = "TERSEKV_WITHOUT_NATIVE"
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
@@ -55,3 +58,25 @@ def test_transformers_decodes_with_the_kernels(
         for token in ids[:, :20].split(1, 1):  # a block becomes due meanwhile
             assert torch.isfinite(forward(any_model, cache, token)).all()
     assert cache.get_seq_length() == PROMPT + 20
+
+
+@needs_native
+def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor) -> None:
+    for spec, said in (("terse4", "native "), ("intn:bits=5", "reference (keys: 5 bits at head dim")):
+        with tersekv.attached(llama):
+            forward(llama, cache := tersekv.cache(llama, spec), ids)
+        assert cache.report().implementation.startswith(said)
+        assert f"attention by {said}" in " ".join(str(cache.report()).split())
+
+
+def test_a_head_dim_beyond_the_kernels_scratch_runs_on_the_reference() -> None:
+    d, none = 576, np.zeros(1, dtype=np.int64)
+    outputs = []
+    for route in ("fused", "decoded"):
+        torch.manual_seed(0)
+        store = Store(parse("terse4"), 1, 1, d, torch.float32, torch.device("cpu"))
+        for n in (200, 1):
+            q, k, v = (torch.randn(1, h, n, d) for h in (2, 1, 1))
+            outputs.append(store.extend(q, k, v, none, d**-0.5, route))
+    assert torch.allclose(outputs[1], outputs[3], atol=2e-5)
+    assert "head dim 576" in ops.implementation_of(store.tiers.packed["packed"].pages)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tersekv.accounting import storage_bytes, tier_bytes
 from tersekv.hf.layer import PackedLayer
-from tersekv.ops import explain
+from tersekv.ops import implementation, implementation_of
 from tersekv.report import CacheReport, LayerReport
 
 
@@ -15,8 +15,8 @@ def cache_report(spec: str, layers: Iterable[Any]) -> CacheReport:
     stores = [x.store for x in layers if isinstance(x, PackedLayer) and x.store is not None]
     tokens = max((x.slots.total for x in layers if isinstance(x, PackedLayer)), default=0)
     sequences = len(stores[0].lengths) if stores else 0
-    device = stores[0].tiers.dense["recent"].k.device.type if stores else "cpu"
-    return CacheReport(spec, tokens, sequences, rows, explain(device)[0].name)
+    readers = {implementation_of(tier.pages) for store in stores for tier in store.tiers.packed.values()}
+    return CacheReport(spec, tokens, sequences, rows, "; ".join(sorted(readers)) or implementation())
 
 
 def _packed(layer: PackedLayer) -> LayerReport:

@@ -75,7 +75,8 @@ def merge(parts: Iterable[Partial]) -> Partial:
 
 
 def _native_runs(q: Tensor) -> bool:
-    return native.missing() is None and q.device.type == "cpu" and q.shape[2] <= FEW_QUERIES
+    fits = q.shape[2] <= FEW_QUERIES and q.shape[3] <= native.MAX_HEAD_DIM and q.shape[3] % 8 == 0
+    return fits and native.missing() is None and q.device.type == "cpu"
 
 
 @dataclass(frozen=True)

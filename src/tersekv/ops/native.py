@@ -18,6 +18,7 @@ if find_spec("tersekv._native") is None:  # installed without a compiler
 else:
     from tersekv import _native
 
+MAX_HEAD_DIM = 512  # of the scratch memory in `native/kernels.h`
 ORDERS = {"k": "simd_k", "v": "simd_v"}
 TAKEN = (
     "Allowed, in memory: q (b, hq, n, d); pool (pages, bytes) uint8; table (b, h, blocks) int32; lengths (b, h) int64; "
@@ -39,6 +40,8 @@ def isas() -> list[tuple[str, bool, str]]:
 
 def refusal(layout: Layout, recipe: Recipe) -> str | None:
     """Why the kernels cannot read blocks of this layout, or None."""
+    if layout.d > MAX_HEAD_DIM:
+        return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):
         return None
     if not layout.takes("simd_k"):
@@ -63,7 +66,10 @@ def reads(pages: Pages) -> bool:
     if missing() or pages.pool.device.type != "cpu":
         return False
     sides = ((pages.k_layout, pages.k_recipe, "k"), (pages.v_layout, pages.v_recipe, "v"))
-    return all(isinstance(recipe, Dense) or layout.order == ORDERS[side] for layout, recipe, side in sides)
+    return all(
+        refusal(layout, recipe) is None and (isinstance(recipe, Dense) or layout.order == ORDERS[side])
+        for layout, recipe, side in sides
+    )
 
 
 @lru_cache

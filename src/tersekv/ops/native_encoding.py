@@ -16,11 +16,10 @@ from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 512
 
 
 def _fits(d: int) -> bool:
-    return native.missing() is None and d % 16 == 0 and 16 <= d <= MAX_HEAD_DIM
+    return native.missing() is None and d % 16 == 0 and 16 <= d <= native.MAX_HEAD_DIM
 
 
 def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
