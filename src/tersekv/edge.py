@@ -5,7 +5,7 @@ Differs from the torch codec in one thing: a norm is summed in BLAS order, becau
 off by a rounding, and the code of a value within a few ulps of a threshold by one: about one Gaussian vector
 in 30,000. Norms below 1e-15, whose squares underflow, may differ by more.
 
-Measured on one core, fp32 in, d = 128, 3 bits: 153 ns a vector or 6.5 million a second on an EPYC with AVX-512
+Measured on one core, fp32 in, d = 128, 3 bits: 161 ns a vector or 6.2 million a second on an EPYC with AVX-512
 (Zen 4), where the torch codec on one thread takes 34 times as long and `searchsorted` 29. On a shared Zen 3 with
 AVX2 it was 200 ns at best, under the neighbours' load up to half as much again. The bound is the number of
 passes that NumPy makes over each chunk; of the 200 ns, norm and product took 75 (reading memory alone takes
