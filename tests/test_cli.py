@@ -25,6 +25,7 @@ VERBS = {
     "plan": ["plan"],
     "doctor": ["doctor"],
     "eval": ["eval"],
+    "report": ["report"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],

@@ -1,8 +1,9 @@
-"""Metrics against hand-computed values, and a whole quality run on a tiny model."""
+"""Metrics against hand-computed values, a run on a tiny model, and what happens to it when it is killed or damaged."""
 
 import json
-from math import exp, log
+from math import exp, log, sqrt
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,19 @@ from conftest import make_model
 from transformers import PreTrainedModel
 
 from tersekv import InputError, parse
+from tersekv.cli import main
+from tersekv.errors import RecordError
+from tersekv.eval import samples
+from tersekv.eval.fidelity import cosine, logit_error, relative_error
 from tersekv.eval.logits import Divergence, arms, compare
-from tersekv.eval.run import Result, Run, read_run, run
+from tersekv.eval.run import run
+from tersekv.eval.runfile import RunFile, read_run
+from tersekv.eval.samples import RunDirectory, read_samples
+from tersekv.eval.statistics import interval
+from tersekv.hf.capture import Seen, observed
 from tersekv.models import LoadedModel
+from tersekv.record import write
+from tersekv.reports.tables import Results
 from tersekv.terminal import Stages, to_text
 
 
@@ -45,38 +56,192 @@ def test_chunking_does_not_change_the_result(llama: PreTrainedModel) -> None:
     assert exact["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
 
 
+def test_tensor_metrics_by_hand() -> None:
+    x, got = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.5], [0.0, 0.0]])
+    assert relative_error(x, got).tolist() == pytest.approx([0.1, 0.0])
+    assert cosine(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item() == pytest.approx(sqrt(0.5))
+    # Attention 1/4 and 3/4 on two tokens with errors 6 and 4: their mean is 4.5, which a softmax does not see.
+    logits, wrong = torch.tensor([0.0, log(3.0), 9.0]), torch.tensor([6.0, 4.0, 100.0])
+    seen = torch.tensor([True, True, False])
+    assert logit_error(logits, logits + wrong, seen).item() == pytest.approx(sqrt(0.25 * 1.5**2 + 0.75 * 0.5**2))
+    assert logit_error(logits, logits + 7, seen).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_bootstrap_intervals() -> None:
+    assert interval([1.0]) is None
+    assert interval([2.0] * 5) == (2.0, 2.0)
+    found = interval([0.0, 1.0] * 200)
+    assert found is not None
+    # The mean of 400 coins has a standard deviation of .025: 95 % lie within 1.96 of it.
+    assert found == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.006)
+
+
+def test_observing_shows_what_attention_got_and_changes_nothing(any_model: PreTrainedModel) -> None:
+    ids, shown = torch.randint(1, 97, (1, 90)), list[Seen]()
+    before = any_model(input_ids=ids, use_cache=False).logits
+    with observed(any_model, shown.append):
+        during = any_model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(before, during) and torch.equal(before, any_model(input_ids=ids, use_cache=False).logits)
+    sliding = any_model.config.model_type.startswith("gemma3")
+    assert [seen.layer for seen in shown] == ([1] if sliding else [0, 1, 2])
+    for seen in shown:
+        torch.testing.assert_close(seen.exact, seen.out, rtol=1e-4, atol=1e-5)
+
+
 class Letters:
     """A tokenizer for tests: one token a character."""
 
-    def __call__(self, text: str, return_tensors: str) -> object:
-        ids = torch.tensor([[ord(c) % 96 + 1 for c in text]])
-        return type("Encoding", (), {"input_ids": ids})()
+    def __call__(self, text: str, add_special_tokens: bool = True) -> object:
+        return type("Encoding", (), {"input_ids": [ord(c) % 96 + 1 for c in text]})()
 
 
-def test_a_run_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+RUN = """
+model = "tiny"
+specs = ["terse4", "terse2"]
+dtype = "float32"
+[tensors]
+tokens = 200
+[logits]
+windows = [200, 300]
+tokens = 600
+[growth]
+prompts = 1
+prompt_tokens = 100
+new_tokens = 40
+[needle]
+lengths = [200]
+depths = [0, 100]
+repeats = 1
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFile:
     loaded = LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none")
     monkeypatch.setattr("tersekv.eval.run.load", lambda *_: loaded)
     text, file = tmp_path / "text.txt", tmp_path / "run.toml"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
-    file.write_text('model = "tiny"\nspecs = ["terse4", "terse2"]\ntokens = 400\ndtype = "float32"\n')
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    file.write_text(RUN)
+    return read_run(file, text=str(text))
+
+
+def measured(settings: RunFile, folder: Path) -> dict[str, Any]:
     with Stages() as stages:
-        result = Result(run(read_run(file, text=str(text)), stages))
-    record = json.loads(json.dumps(result.as_dict()))
-    assert [row["spec"] for row in record["rows"]] == [
-        "dense",
-        "rotated:bits=4 prefill=packed",
-        "rotated:bits=2 prefill=packed",
-    ]
-    four, two = record["rows"][1:]
-    assert four["kl_mean"] < two["kl_mean"] and four["held"] > two["held"]
+        return run(settings, folder, stages)["tiny"]
+
+
+def without_seconds(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {name: without_seconds(value) for name, value in record.items() if name != "seconds"}
+    return [without_seconds(value) for value in record] if isinstance(record, list) else record
+
+
+def test_a_run_is_a_record(settings: RunFile, tmp_path: Path) -> None:
+    record = json.loads(json.dumps(measured(settings, tmp_path / "run")))
+    assert [row["spec"] for row in record["rows"]] == ["dense", "rotated:bits=4", "rotated:bits=2"]
+    dense, four, two = record["rows"]
     assert four["nominal_bits"] == 4 < four["body_bits"] < 5
-    assert record["run"]["text"] == "text.txt" and len(record["text_sha256"]) == 64
+    assert list(four["logits"]) == ["200", "300"] and four["logits"]["200"]["windows"] == 3
+    for length in four["logits"]:
+        a, b = four["logits"][length], two["logits"][length]
+        assert dense["logits"][length]["kl_mean"] == 0 < a["kl_mean"] < b["kl_mean"] and a["held"] > b["held"]
+        assert a["held"] == sum(a["planes"].values())
+    assert dense["tensors"]["output_error"]["worst"] < 1e-4 < four["tensors"]["output_error"]["worst"]
+    for metric in ("k_error", "v_error", "output_error", "logit_error"):
+        a, b = four["tensors"][metric], two["tensors"][metric]
+        assert a["mean"] < b["mean"] and a["mean"] < a["tail"] <= a["worst"]
+        assert 0 <= a["where"]["layer"] < 3 and 0 <= a["where"]["token"] < 200
+    assert four["tensors"]["k_cosine"]["worst"] <= four["tensors"]["k_cosine"]["tail"] < 1
+    assert len(four["tensors"]["output_error"]["by_head"]) == 3 and len(four["tensors"]["k_error"]["by_head"][0]) == 2
+    assert dense["growth"]["same_tokens"] == 40 and dense["needle"]["difference"] == 0
+    assert record["run"]["model"] == "tiny" and record["data"]["text"]["name"] == "text.txt"
     assert record["model"] == {"source": "random weights", "revision": "none"}
-    assert "rotated:bits=4" in to_text(result.__rich__(), width=80)
-    with pytest.raises(InputError, match="has only"):
-        run(Run("tiny", str(text), ["terse4"], tokens=10_000), Stages())
-    with pytest.raises(InputError, match="nothing to score"):
-        run(Run("tiny", str(text), ["terse4"], tokens=129), Stages())
+    assert "rotated:bits=4" in to_text(Results([record]).__rich__(), width=80)
+
+
+def test_a_killed_run_goes_on_where_it_was(settings: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measured(settings, tmp_path / "whole")
+    calls, write_line = [], samples.line
+
+    def killed(*arguments: Any) -> str:
+        calls.append(arguments)
+        if len(calls) == 8:  # between two specs of one window
+            raise KeyboardInterrupt
+        return write_line(*arguments)
+
+    folder = tmp_path / "killed"
+    monkeypatch.setattr(samples, "line", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(settings, folder)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "tersekv.eval.run.load",
+        lambda *_: LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none"),
+    )
+    manifest = json.loads((folder / "tiny" / "manifest.json").read_text())
+    assert manifest["run"]["tensors"] == {"tokens": 200, "windows": 1}
+    path = folder / "tiny" / "samples.jsonl"
+    path.write_text(path.read_text() + '{"depth": "logits", "it')  # a line torn in the middle
+    before = len(read_samples(path.parent))
+    assert 0 < before < len(read_samples(tmp_path / "whole" / "tiny"))
+    assert without_seconds(measured(settings, folder)) == without_seconds(whole)
+    assert (
+        path.read_text().count("\n") == len(read_samples(path.parent)) == len(read_samples(tmp_path / "whole" / "tiny"))
+    )
+    assert measured(settings, folder)["rows"], "a finished run measures nothing and gives its record again"
+
+
+def test_a_damaged_line_is_refused_and_named(tmp_path: Path) -> None:
+    directory = RunDirectory.open(tmp_path, {"run": {}})
+    for number in range(3):
+        directory.add("logits", str(number), {"dense": {"kl": [0.25, number]}})
+    path = tmp_path / "samples.jsonl"
+    intact = path.read_text()
+    for damaged in (
+        intact.replace("0.25, 1", "0.35, 1"),
+        intact.replace('{"depth": "logits", "item": "1"', '{"depth"'),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(RecordError, match=r"samples\.jsonl, line 2 is damaged"):
+            RunDirectory.open(tmp_path, {"run": {}})
+    path.write_text(intact + intact.splitlines()[0] + "\n")
+    with pytest.raises(RecordError, match="line 4: logits 0 dense is there twice"):
+        RunDirectory.open(tmp_path, {"run": {}})
+    path.write_text(intact)
+    with pytest.raises(RecordError, match=r"another run \(run: \{\}, now"):
+        RunDirectory.open(tmp_path, {"run": {"seed": 1}})
+
+
+def test_windows_are_drawn_once_and_opened_as_the_tokenizer_does(settings: RunFile) -> None:
+    from tersekv.eval.subject import Subject
+
+    class Opened(Letters):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> object:
+            ids = [ord(c) % 96 + 1 for c in text]
+            return type("Encoding", (), {"input_ids": [7, *ids] if add_special_tokens else ids})()
+
+    subject = Subject(LoadedModel(make_model("llama"), Opened(), "t", "", ""), {"dense": None}, 3, "abcdefgh" * 50, "x")
+    names = subject.windows(41, 5)
+    assert len(set(names)) == 5 and names == subject.windows(41, 5)
+    assert subject.window("41/2")[0].tolist() == [7, *subject.tokens[80:120].tolist()]
+    with pytest.raises(InputError, match="11 windows of 41 tokens are asked for, x has 10"):
+        subject.windows(41, 11)
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(
+    settings: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(measured(settings, tmp_path / "run"), tmp_path / "tiny.json")
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "report")])
+    assert not done.value.code, capsys.readouterr()
+    page = (tmp_path / "report" / "index.html").read_text()
+    for name in ("pareto", "position", "growth", "k_error", "output_error", "needle"):
+        for kind in ("svg", "png"):
+            assert (tmp_path / "report" / f"tiny-{name}.{kind}").stat().st_size > 1000
+    assert page.count('src="data:image/svg+xml') == 7
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+    assert "rotated:bits=2" in page and 'name="viewport"' in page
 
 
 @pytest.mark.parametrize(
@@ -84,7 +249,14 @@ def test_a_run_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("model = 3 = 4", "is not a run file"),
         ('model = "x"\nmodle = "x"', 'unknown field "modle". Did you mean "model"'),
-        ('model = "x"', "text, specs missing"),
+        ('model = "x"\n[logits]', "specs missing"),
+        ('model = "x"\nspecs = ["terse4"]', r"measures nothing. Add a section: \[tensors\]"),
+        (
+            'model = "x"\nspecs = ["terse4"]\n[logits]\nchunks = 3',
+            r'\[logits\]: unknown field "chunks". Did you mean "chunk"',
+        ),
+        ('model = "x"\nspecs = ["terse4"]\n[logits]\nwindows = ["a"]', r"windows = \['a'\] is no list"),
+        ('model = "x"\nspecs = ["terse4"]\n[logits]\nwindows = [99]', "Each length must be from score_from"),
     ],
 )
 def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:
@@ -92,3 +264,11 @@ def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:
     file.write_text(content)
     with pytest.raises(InputError, match=said):
         read_run(file)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "runs").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_run_files_of_the_project_can_be_read(path: Path) -> None:
+    if path.stem != "attend":
+        assert all(parse(spec) for spec in read_run(path).specs)

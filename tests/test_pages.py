@@ -16,9 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tersekv import InputError, parse
-from tersekv.eval.run import read_run
-from tersekv.figures import caption, family_and_label, is_fresh
-from tersekv.pages import FIGURES, ROOT, main, outdated
+from tersekv.eval.runfile import read_run
+from tersekv.pages import FIGURES, ROOT, outdated, update
+from tersekv.reports.captions import caption
+from tersekv.reports.figures import family_and_label, is_fresh
 from tersekv.spec import codecs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,20 +44,16 @@ def reader(llama: LlamaForCausalLM) -> dict[str, Any]:
 def record() -> dict[str, Any]:
     """A record as `tersekv eval` writes it, with invented numbers."""
     rows = []
-    for spec, held, kl in (("dense", 1000, 0.0), ("rotated:bits=3 prefill=packed", 230, 0.013)):
-        sizes = {"nominal_bits": 3.0, "body_bits": 3.2, "held": held, "dense": 1000, "dense16": 1000}
-        sizes |= {"ratio": 1000 / held, "ratio16": 1000 / held}
-        quality = {
-            "kl_mean": kl,
-            "kl_standard_error": kl / 20,
-            "kl_p99": 9 * kl,
-            "kl_max": 20 * kl,
-            "top1": 1 - kl,
-        }
-        rows.append({"spec": spec} | sizes | quality | {"perplexity": 20.0, "positions": 3967, "seconds": 1.0})
-    run = {"model": "tiny", "text": "wiki.test.raw", "specs": [], "tokens": 4096, "dtype": "bfloat16"}
+    for spec, held, kl in (("dense", 1000, 0.0), ("rotated:bits=3", 230, 0.013)):
+        sizes = {"held": held, "dense": 1000, "dense16": 1000, "ratio": 1000 / held, "ratio16": 1000 / held}
+        quality = {"kl_mean": kl, "kl_p99": 9 * kl, "kl_max": 20 * kl, "top1": 1 - kl, "perplexity": 20.0}
+        quality |= {"kl_mean_interval": [kl * 0.9, kl * 1.1], "loss_difference": kl, "loss_difference_interval": None}
+        logits = {"windows": 2, "positions": 3967, "seconds": 1.0} | sizes | quality
+        rows.append({"spec": spec, "nominal_bits": 3.0, "body_bits": 3.2, "logits": {"4096": logits}})
+    run = {"model": "tiny", "specs": [], "seed": 0, "dtype": "bfloat16", "logits": {"windows": [4096]}}
     made = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "x86_64", "date": "2025-01-01"}
-    return {"run": run, "model": {"source": "random"}, "implementation": "reference", "rows": rows} | made
+    made |= {"data": {"text": {"name": "wiki.test.raw", "sha256": "0" * 64}}, "implementation": "reference"}
+    return {"run": run, "model": {"source": "random"}, "rows": rows} | made
 
 
 @pytest.fixture
@@ -70,37 +67,39 @@ def copied(tmp_path: Path) -> Path:
 
 
 def test_blocks_and_pictures_are_fresh() -> None:
-    assert [str(path) for path in outdated()] == [], "run `python -m tersekv.pages`"
+    assert [str(path) for path in outdated()] == [], "run `tersekv report`"
 
 
 def test_a_stale_block_is_noticed_and_written(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(check=False, root=copied)
-    assert main(check=True, root=copied) == 0
+    update(check=False, root=copied)
+    assert update(check=True, root=copied) == 0
     page = copied / "docs" / "codecs.md"
     fresh = page.read_text()
     page.write_text(fresh.replace("| rotated:bits=3 | 3.281", "| rotated:bits=3 | 2.281"))
     assert page.read_text() != fresh
-    assert main(check=True, root=copied) == 1
+    assert update(check=True, root=copied) == 1
     assert f"stale: {page}" in capsys.readouterr().out
-    assert main(check=False, root=copied) == 0
+    assert update(check=False, root=copied) == 0
     assert page.read_text() == fresh
 
 
 def test_a_record_fills_its_blocks_and_its_picture(copied: Path, record: dict[str, Any]) -> None:
-    main(check=False, root=copied)
+    update(check=False, root=copied)
     assert "Not measured yet." in (copied / "README.md").read_text()
     (picture, source), *_ = FIGURES.items()
     (copied / "results").mkdir()
     (copied / source).write_text(json.dumps(record))
-    main(check=False, root=copied)
+    update(check=False, root=copied)
     readme = (copied / "README.md").read_text()
     assert "| rotated:bits=3 | 3 | 3.20 | 230 B | 4.35 | 0.0130 | 0.117 | 98.7 % | 20.000 |" in readme
-    assert readme.index("standard error is at most 5 %") < readme.index("make demo"), "the picture has its caption"
+    assert readme.index("2 of 4,096 tokens (3,967 positions scored)") < readme.index("make demo"), (
+        "the picture has its caption"
+    )
     drawn = (copied / picture).read_bytes()
     assert caption(record) in drawn.decode()
     assert b">rotated<" in drawn
     (copied / picture).unlink()
-    main(check=False, root=copied)
+    update(check=False, root=copied)
     assert (copied / picture).read_bytes() == drawn, "the picture is deterministic"
     (copied / source).write_text(json.dumps(record | {"date": "2025-01-02"}))
     assert not is_fresh(copied / picture, copied / source)

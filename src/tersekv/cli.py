@@ -2,8 +2,9 @@
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
 
@@ -155,42 +156,77 @@ def eval_(
     run: Path,
     *,
     text: str | None = None,
+    data: str | None = None,
     model: str | None = None,
-    tokens: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
     json: Json = False,
 ) -> None:
-    """Measure bytes, KL, top-1 agreement and perplexity of specs beside the dense cache, on one text.
+    """Measure specs beside the dense cache: tensors, next-token distributions, tasks, memory and speed.
 
     Parameters
     ----------
     run
-        A TOML run file, see runs/.
+        A TOML run file, see runs/ and docs/evaluation.md.
     text
         The text to use, if not the run file's.
+    data
+        The folder with the items of tasks, if not the run file's. Without one they come from the hub.
     model
         The model to use, if not the run file's.
-    tokens
-        How many of its first tokens to use, if not the run file's.
     dtype
         bfloat16, float16 or float32, if not the run file's.
     device
         cpu or cuda, if not the run file's.
+    directory
+        Where the samples are kept: the same command goes on where it was stopped. Default: evaluations/RUN.
     out
-        Write the record to this JSON file.
+        Write the record to this JSON file; of a run of several models, one file each into this folder.
     """
-    from tersekv.eval.run import Result, read_run
     from tersekv.eval.run import run as measure
-    from tersekv.record import write
+    from tersekv.eval.runfile import read_run
+    from tersekv.record import write_all
+    from tersekv.reports.tables import Results
 
-    settings = read_run(run, text=text, model=model, tokens=tokens, dtype=dtype, device=device)
+    settings = read_run(run, text=text, data=data, model=model, dtype=dtype, device=device)
     with Stages() as stages:
-        result = Result(measure(settings, stages))
+        records = measure(settings, directory or Path("evaluations") / run.stem, stages)
     if out is not None:
-        write(result.as_dict(), out)
-    show(result, json)
+        write_all(records, out)
+    show(Results(list(records.values())), json)
+
+
+@app.command
+def report(*records: Path, out: Path = Path("report"), check: bool = False) -> None:
+    """Records as tables, pictures and one HTML page; without records, the generated parts of this project's pages.
+
+    Parameters
+    ----------
+    records
+        JSON files that `tersekv eval --out` wrote.
+    out
+        The folder to write index.html and the pictures to.
+    check
+        Write nothing: name the generated parts of README and docs that are stale, and exit with status 1 if there
+        are any.
+    """
+    if not records:
+        from tersekv.pages import update
+
+        sys.exit(update(check))
+    from tersekv.errors import InputError
+    from tersekv.record import read
+    from tersekv.reports.page import write_report
+    from tersekv.reports.tables import Results
+
+    if check:
+        raise InputError("--check looks at README and docs, whose records lie in results/. Give no records with it.")
+    found = [read(path) for path in records]
+    write_report(found, out)
+    show(Results(found), False)
+    Console(stderr=True).print(f"written: {out / 'index.html'}")
 
 
 def main(arguments: list[str] | None = None) -> None:

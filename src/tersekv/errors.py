@@ -5,6 +5,7 @@ TersekvError
 ├── InputError       keys, values, masks or prompts that a cache cannot take; the cache is unchanged
 ├── CacheError       a call that the cache cannot carry out in its present state
 ├── CacheFileError   a file that is damaged, foreign, or of another version
+├── RecordError      a run directory or record that is damaged or belongs to another run
 └── ModelError       a model that cannot be found, loaded, or has no attention cache
 """
 
@@ -29,6 +30,10 @@ class CacheError(TersekvError, RuntimeError):
 
 
 class CacheFileError(TersekvError, ValueError):
+    pass
+
+
+class RecordError(TersekvError, ValueError):
     pass
 
 

@@ -1,13 +1,12 @@
-"""Generated blocks of README and docs: `python -m tersekv.pages` writes them, `--check` exits 1 if stale.
+"""Generated blocks of README and docs: `tersekv report` writes them, `tersekv report --check` exits 1 if stale.
 
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
-(`results/attend.json#long`), or a table of the registry: codecs, presets or bytes.
+(`results/attend.json#long`; an evaluation's first without a name), or a table of the registry: codecs, presets, bytes.
 """
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -20,8 +19,9 @@ from tersekv.bench import attend_tables, decode_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, did_you_mean
-from tersekv.eval.run import Result
-from tersekv.figures import caption, is_fresh, svg
+from tersekv.reports.captions import caption
+from tersekv.reports.figures import is_fresh, svg
+from tersekv.reports.tables import tables as quality_tables
 from tersekv.spec import parse
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +58,14 @@ PARTS = {
 }  # records of several tables, and what makes them
 
 
-def _table(record: dict[str, Any]) -> Table:
+def _parts(record: dict[str, Any]) -> dict[str, Table]:
+    """Every table of a record by name; the one that stands without a name as ""."""
+    if "bench" in record:
+        return PARTS[record["bench"]](record)
     if "run" in record:
-        return Result(record).__rich__()
-    return EncodeBench(**{f.name: record[f.name] for f in fields(EncodeBench)}).__rich__()
+        found = quality_tables(record)
+        return {"": next(iter(found.values()))} | found
+    return {"": EncodeBench(**{f.name: record[f.name] for f in fields(EncodeBench)}).__rich__()}
 
 
 def content(source: str, root: Path) -> str:
@@ -78,7 +82,7 @@ def content(source: str, root: Path) -> str:
     record = json.loads((root / name).read_text())
     if part == "caption":
         return caption(record)
-    parts = PARTS[record["bench"]](record) if "bench" in record else {"": _table(record)}
+    parts = _parts(record)
     if part not in parts:
         raise InputError(f'{name} has no table "{part}". {did_you_mean(part, [*parts, "caption"])}')
     return markdown(parts[part]) if part else f"{markdown(parts[part])}\n\n{caption(record)}"
@@ -98,7 +102,7 @@ def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:
     return found
 
 
-def main(check: bool, root: Path = ROOT) -> int:
+def update(check: bool, root: Path = ROOT) -> int:
     """Name what is stale and, unless this is a check, write it; the exit status."""
     for path, make in (stale := outdated(root)).items():
         print(f"{'stale' if check else 'written'}: {path}")
@@ -106,7 +110,3 @@ def main(check: bool, root: Path = ROOT) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(make())
     return 1 if stale and check else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from tersekv.errors import InputError
-from tersekv.record import ROOT
+from tersekv.record import ROOT, headline
 from tersekv.spec import PRESETS, Spec, parse
 from tersekv.terminal import UNITS, bytes_text
 
@@ -140,6 +140,7 @@ def _measured() -> dict[str, dict[str, float]]:
     folders = [folder for folder in RECORDS if folder.is_dir()]
     for path in sorted(path for folder in folders[:1] for path in folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        for row in record["rows"] if "text_sha256" in record else []:
-            found.setdefault(row["spec"].removesuffix(" prefill=packed"), {})[path.stem] = row["kl_mean"]
+        for row in record["rows"] if "run" in record else []:
+            if logits := headline(row):
+                found.setdefault(row["spec"], {})[path.stem] = logits["kl_mean"]
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tersekv.errors import InputError, RecordError
 from tersekv.ops import implementation
 
 PACKAGES = ("torch", "transformers", "numpy")
@@ -63,5 +64,33 @@ def _commit(root: Path = ROOT) -> str:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
+    """As JSON with one field a line, and lists of numbers on one line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_all(records: dict[str, dict[str, Any]], out: Path) -> None:
+    """One record to the file `out`, several by model to the folder `out`. Raises InputError if `out` is the other."""
+    if (len(records) == 1) != (out.suffix == ".json"):
+        models = ", ".join(records)
+        raise InputError(f"--out {out}: a file NAME.json for one model, a folder for several; this run has {models}.")
+    for model, record in records.items():
+        write(record, out if out.suffix == ".json" else out / f"{Path(model).name}.json")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record of `tersekv eval`. Raises RecordError for anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row["spec"] for row in record["rows"]] if "run" in record else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is no record: {error}. Give a file that `tersekv eval --out` wrote.") from error
+    if "dense" not in rows:
+        raise RecordError(f"{path} is no record of an evaluation: no dense row. Give what `tersekv eval --out` wrote.")
+    return record
+
+
+def headline(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The logits of the run file's first window length, which stand for the row where there is room for one number."""
+    return next(iter(row["logits"].values())) if "logits" in row else None

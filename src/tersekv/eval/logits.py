@@ -35,9 +35,12 @@ class Divergence:
         self.agree.append((p.argmax(-1) == q.argmax(-1)).float().cpu())
         self.loss.append(-q.gather(-1, target[:, None])[:, 0].cpu())
 
+    def parts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return self.kl, self.agree, self.loss
+
     def summary(self) -> dict[str, float]:
         """Mean, standard error over positions and 99th percentile of KL; top-1 agreement; perplexity."""
-        kl, agree, loss = (torch.cat(x) for x in (self.kl, self.agree, self.loss))
+        kl, agree, loss = map(torch.cat, self.parts())
         return {
             "kl_mean": kl.mean().item(),
             "kl_standard_error": (kl.std() / len(kl) ** 0.5).item() if len(kl) > 1 else 0.0,
@@ -57,10 +60,6 @@ class Arm:
     cache: Cache
     divergence: Divergence = field(default_factory=Divergence)
     seconds: float = 0.0
-
-    def summary(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"spec": "dense" if self.spec is None else str(self.spec)}
-        return row | self.bytes() | self.divergence.summary() | {"seconds": self.seconds}
 
     def bytes(self) -> dict[str, Any]:
         report = cache_report("dense", self.cache.layers)
@@ -91,7 +90,7 @@ def compare(
         dense: Tensor | None = None
         first = max(score_from - start, 0)
         for number, arm in enumerate(chosen):
-            logits = _forward(model, ids[:, start:stop], arm)[first:]
+            logits = forward(model, ids[:, start:stop], arm)[first:]
             dense = logits if dense is None else dense
             if len(logits):
                 arm.divergence.add(dense, logits, ids[0, start + first + 1 : stop + 1])
@@ -104,7 +103,7 @@ def _chunks(t: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def _forward(model: PreTrainedModel, ids: Tensor, arm: Arm) -> Float[Tensor, "n vocab"]:
+def forward(model: PreTrainedModel, ids: Tensor, arm: Arm) -> Float[Tensor, "n vocab"]:
     began = perf_counter()
     with attached(model) if arm.spec else nullcontext():
         logits = model(input_ids=ids, past_key_values=arm.cache).logits[0]

@@ -1,83 +1,75 @@
-"""A quality run: a TOML file in, one JSON record out."""
+"""A quality run: a run file in, a run directory with every sample, and at the end one record made from it alone."""
 
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from tersekv.errors import InputError, did_you_mean
-from tersekv.eval.logits import Arm, arms, compare
+from tersekv.errors import InputError
+from tersekv.eval.runfile import RunFile
+from tersekv.eval.samples import RunDirectory
+from tersekv.eval.subject import DENSE, Subject
 from tersekv.hf.cost import head_dim
-from tersekv.models import LoadedModel, load
+from tersekv.models import load
 from tersekv.record import provenance
-from tersekv.spec import parse
-from tersekv.terminal import Stages, bytes_text
+from tersekv.spec import Spec, parse
+from tersekv.terminal import Stages
 
 
-@dataclass(frozen=True)
-class Run:
-    """The fields of a run file. `text` is a UTF-8 file; `tokens` its first tokens, one text, no windows."""
-
-    model: str
-    text: str
-    specs: list[str]
-    tokens: int = 4096
-    chunk: int = 512
-    score_from: int = 128
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+def run(settings: RunFile, folder: Path, stages: Stages) -> dict[str, dict[str, Any]]:
+    """Measure every model of the run; records by model. Each has a directory of its own in `folder`."""
+    return {model: _one_model(settings, model, folder / Path(model).name, stages) for model in settings.models}
 
 
-def read_run(path: str | Path, **overrides: Any) -> Run:
-    """Raises InputError for a file that is no TOML or has an unknown or missing field."""
-    try:
-        given = tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a run file: {error}.") from error
-    given |= {name: value for name, value in overrides.items() if value is not None}
-    names = [f.name for f in fields(Run)]
-    for name in given:
-        if name not in names:
-            raise InputError(f'{path}: unknown field "{name}". {did_you_mean(name, names)}')
-    missing = [name for name in ("model", "text", "specs") if name not in given]
-    if missing:
-        raise InputError(f"{path}: {', '.join(missing)} missing. Add them to the file, or give --text FILE.")
-    return Run(**given)
+def _one_model(settings: RunFile, model: str, folder: Path, stages: Stages) -> dict[str, Any]:
+    subject = _subject(settings, model, stages)
+    items = {name: depth.items(subject) for name, depth in settings.depths.items()}
+    directory = RunDirectory.open(folder, _manifest(settings, subject))
+    for name, depth in settings.depths.items():
+        missing = [item for item in items[name] if not directory.holds(name, item, subject.specs)]
+        done = len(items[name]) - len(missing)
+        for batch in (missing[start : start + depth.batch] for start in range(0, len(missing), depth.batch)):
+
+            def progress(share: float, done: int = done, size: int = len(batch), name: str = name) -> None:
+                total = len(items[name])
+                stages(f"{model}: {name}, {done:,} of {total:,}", (done + share * size) / total)
+
+            progress(0.0)
+            for item, by_spec in depth.measure(subject, batch, progress).items():
+                directory.add(name, item, by_spec)
+            done += len(batch)
+    return make_record(directory, settings, items, _bits(subject))
 
 
-def run(settings: Run, stages: Stages) -> dict[str, Any]:
-    """Measure every spec of the run beside the dense cache, as decoding would see it; returns the record."""
-    specs = [replace(parse(text), prefill="packed") for text in settings.specs]
-    text = _read_text(settings.text)
-    loaded = load(settings.model, settings.dtype, stages, settings.device)
-    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[:, : settings.tokens].to(settings.device)
-    if ids.shape[1] < settings.tokens:
-        raise InputError(f"{settings.text} has only {ids.shape[1]} tokens, {settings.tokens} are asked for.")
-    chosen = arms(loaded.model, specs)
-    manifest = _manifest(settings, loaded, text)
-    compare(
-        loaded.model,
-        ids,
-        chosen,
-        settings.chunk,
-        settings.score_from,
-        lambda share: stages(f"{len(chosen)} caches, {settings.tokens:,} tokens", share),
-    )
-    d = head_dim(loaded.model.config.get_text_config(decoder=True))
-    return manifest | {"rows": [_body(arm, d) | arm.summary() for arm in chosen]}
+def make_record(
+    directory: RunDirectory, settings: RunFile, items: dict[str, list[str]], bits: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """From the manifest and the samples alone: a run that was killed and went on gives the same record."""
+
+    def samples(depth: str, spec: str) -> dict[str, Any]:
+        return {item: directory.samples[depth, item, spec] for item in items[depth]}
+
+    rows = [
+        {"spec": spec.removesuffix(" prefill=packed")}
+        | about
+        | {
+            name: depth.summary(samples(name, spec), samples(name, DENSE), settings.seed)
+            for name, depth in settings.depths.items()
+        }
+        for spec, about in bits.items()
+    ]
+    return directory.manifest | {"rows": rows}
 
 
-def _body(arm: Arm, d: int) -> dict[str, float]:
-    """Bits a value of the packed tokens alone: nominal, and with all scales, zeros, means and padding."""
-    if arm.spec is None:
-        return {"nominal_bits": 16.0, "body_bits": 16.0}
-    layouts = arm.spec.k.layout(d), arm.spec.v.layout(d)
-    nominal, body = (sum(getattr(x, name) for x in layouts) / 2 for name in ("nominal_bits", "bits_per_value"))
-    return {"nominal_bits": nominal, "body_bits": body}
+def _subject(settings: RunFile, model: str, stages: Stages) -> Subject:
+    packed = [replace(parse(text), prefill="packed") for text in settings.specs]
+    specs: dict[str, Spec | None] = {DENSE: None} | {str(spec): spec for spec in packed}
+    if len(specs) <= len(packed):
+        raise InputError(f"Two of the specs {', '.join(settings.specs)} are the same. Name each once.")
+    text = _read_text(settings.text) if settings.text else ""
+    data = Path(settings.data) if settings.data else None
+    loaded = load(model, settings.dtype, stages, settings.device)
+    return Subject(loaded, specs, settings.seed, text, Path(settings.text or "").name, data)
 
 
 def _read_text(path: str) -> str:
@@ -87,50 +79,26 @@ def _read_text(path: str) -> str:
         raise InputError(f"{path} cannot be read as text: {error}. Give a UTF-8 file with --text FILE.") from error
 
 
-def _manifest(settings: Run, loaded: LoadedModel, text: str) -> dict[str, Any]:
+def _bits(subject: Subject) -> dict[str, dict[str, float]]:
+    """Bits a value of the packed tokens alone: nominal, and with all scales, zeros, means and padding."""
+    d = head_dim(subject.model.config.get_text_config(decoder=True))
+    found = {}
+    for text, spec in subject.specs.items():
+        sides = [] if spec is None else [spec.k.layout(d), spec.v.layout(d)]
+        names = {"nominal_bits": "nominal_bits", "body_bits": "bits_per_value"}
+        found[text] = {name: sum(getattr(x, of) for x in sides) / 2 if sides else 16.0 for name, of in names.items()}
+    return found
+
+
+def _manifest(settings: RunFile, subject: Subject) -> dict[str, Any]:
+    specs = "\n".join(subject.specs)
+    text = {"name": subject.text_name, "sha256": sha256(subject.text.encode()).hexdigest()}
+    data = {"text": text} if subject.text else {}
+    for depth in settings.depths.values():
+        data |= depth.data(subject)
     return {
-        "run": asdict(settings) | {"text": Path(settings.text).name},
-        "model": {"source": loaded.source, "revision": loaded.revision},
-        "text_sha256": sha256(text.encode()).hexdigest(),
+        "run": {"model": subject.loaded.name} | {k: v for k, v in settings.settings().items() if k != "models"},
+        "specs_sha256": sha256(specs.encode()).hexdigest(),
+        "model": {"source": subject.loaded.source, "revision": subject.loaded.revision},
+        "data": data,
     } | provenance(settings.device)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A record and how people read it."""
-
-    record: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return self.record
-
-    def __rich__(self) -> Table:
-        settings = self.record["run"]
-        title = f"{settings['model']}, {settings['tokens']:,} tokens of {settings['text']}, {self.record['device']}"
-        what = "nominal and body: bits a value; ratio: to a dense cache in 16 bits"
-        # No padding: the numbers take 54 of 80 columns and are never cut, so the rest belongs to the spec.
-        table = Table(title=title, caption=what, box=SIMPLE_HEAD, padding=0)
-        table.add_column(COLUMNS[0], overflow="fold")
-        for name in COLUMNS[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in self.record["rows"]:
-            table.add_row(*cells(row))
-        return table
-
-
-COLUMNS = ("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity")
-
-
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One row of a record as text, in the order of COLUMNS."""
-    return (
-        row["spec"].removesuffix(" prefill=packed"),
-        f"{row['nominal_bits']:g}",
-        f"{row['body_bits']:.2f}",
-        bytes_text(row["held"]),
-        f"{row['ratio16']:.2f}",
-        f"{row['kl_mean']:.4f}",
-        f"{row['kl_p99']:.3f}",
-        f"{100 * row['top1']:.1f} %",
-        f"{row['perplexity']:.3f}",
-    )

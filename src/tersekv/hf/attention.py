@@ -73,7 +73,7 @@ def _mask(former: str, **arguments: Any) -> Any:
     return ChunkMask(write, arguments) if plain else write(**arguments)
 
 
-def _former_attention(module: torch.nn.Module, former: str) -> Callable[..., Any]:
+def former_attention(module: torch.nn.Module, former: str) -> Callable[..., Any]:
     """What the model used before: layers that are not packed must not notice that it is attached."""
     if former == "eager":
         return import_module(type(module).__module__).eager_attention_forward
@@ -94,7 +94,7 @@ def _forward(
     """Attention of one layer: (b, n, hq, d). Layers that are not packed go to the model's former attention."""
     if not isinstance(key, Handle):
         mask = attention_mask.dense if isinstance(attention_mask, ChunkMask) else attention_mask
-        return _former_attention(module, former)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return former_attention(module, former)(module, query, key, value, mask, scaling=scaling, **kwargs)
     try:
         padding = _padding(key, attention_mask, kwargs)
     except InputError:

@@ -1,0 +1,1 @@
+"""Records as people read them: tables, pictures, and one HTML page."""
