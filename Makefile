@@ -36,7 +36,7 @@ $(DEMO): $(SOURCES) | $(BIN)/python
 
 $(DEV): $(SOURCES) | $(BIN)/python
 	@echo "installing the development set into .venv (once, some minutes)"
-	$(INSTALL) --editable ".[hf,plots,dev]"
+	$(INSTALL) --editable ".[hf,plots,eval,dev]"
 	@touch $@ $(DEMO)
 
 $(PEERS): pyproject.toml constraints.txt | $(DEV)

@@ -13,7 +13,7 @@ BUDGET = {
     ".": 2950,
     "bench": 1480,
     "codecs": 320,
-    "eval": 1100,
+    "eval": 1320,
     "hf": 720,
     "models": 600,
     "ops": 900,

@@ -11,7 +11,7 @@ from tersekv.eval.samples import RunDirectory
 from tersekv.eval.subject import DENSE, Subject
 from tersekv.hf.cost import head_dim
 from tersekv.models import load
-from tersekv.record import provenance
+from tersekv.record import installed, provenance
 from tersekv.spec import Spec, parse
 from tersekv.terminal import Stages
 
@@ -96,9 +96,12 @@ def _manifest(settings: RunFile, subject: Subject) -> dict[str, Any]:
     data = {"text": text} if subject.text else {}
     for depth in settings.depths.values():
         data |= depth.data(subject)
+    made = provenance(settings.device)
+    if "tasks" in settings.depths:
+        made["versions"] |= {"lm-eval": installed("lm-eval")}
     return {
         "run": {"model": subject.loaded.name} | {k: v for k, v in settings.settings().items() if k != "models"},
         "specs_sha256": sha256(specs.encode()).hexdigest(),
         "model": {"source": subject.loaded.source, "revision": subject.loaded.revision},
         "data": data,
-    } | provenance(settings.device)
+    } | made
