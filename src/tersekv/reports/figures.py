@@ -107,11 +107,11 @@ def draw_quality(axes: Any, record: dict[str, Any]) -> None:
         axes.plot(*zip(*front, strict=True), **style)
     run, text = record["run"], record["data"]["text"]["name"]
     length = next(iter(record["rows"][0]["logits"]))
-    axes.set_title(f"{run['model']}, windows of {int(length):,} tokens of {text}; {DENSE}", fontsize=9)
+    axes.set_title(f"{run['model']}, windows of {int(length):,} tokens of {text}\n{DENSE}", fontsize=9)
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel=f"bytes held, % of the dense {run['dtype']} cache; dotted: the front that nothing here beats",
+        xlabel=f"bytes held, % of the dense {run['dtype']} cache\ndotted: the front that nothing here beats",
         ylabel="KL to the dense cache, nats",
     )
     low, high = axes.get_xlim()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 Record = dict[str, Any]
-ACROSS = 3  # maps in a row
+ACROSS = 2  # maps in a row
 
 
 def draw_heads(figure: Any, record: Record, metric: str) -> None:
@@ -23,6 +23,8 @@ def draw_heads(figure: Any, record: Record, metric: str) -> None:
         layers = found["layers"]
         shown = range(0, len(layers), max(1, len(layers) // 5))
         place.set_xticks(list(shown), [layers[n] for n in shown])
+        heads = len(found["by_head"][0])
+        place.set_yticks(range(0, heads, max(1, heads // 4)))
         _head(place, spec, "layer", "query head" if metric == "output_error" else "KV head")
     figure.colorbar(image, ax=axes, shrink=0.8, label=metric.replace("_", " "))
 
@@ -58,7 +60,7 @@ def draw_growth(axes: Any, record: Record, section: str) -> None:
 
 def size(count: int) -> tuple[float, float]:
     """Of a figure of `count` maps, in inches."""
-    return (7.2, 0.4 + 2.1 * -(-count // ACROSS))
+    return (5.4, 0.4 + 2.0 * -(-count // ACROSS))
 
 
 def _maps(figure: Any, count: int) -> list[Any]:

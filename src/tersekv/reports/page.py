@@ -39,7 +39,7 @@ class Picture:
     name: str
     title: str
     draw: Callable[[Any], None]
-    size: tuple[float, float] = (7.2, 4.8)
+    size: tuple[float, float] = (5.4, 4.6)  # inches; a phone shows it at two thirds
 
 
 def pictures(record: Record) -> list[Picture]:
