@@ -16,15 +16,15 @@ from tersekv.terminal import bytes_text
 Record = dict[str, Any]
 
 
-def _table(first: str, *columns: str) -> Table:
-    # No padding: the numbers of the widest table take 54 of 80 columns and are never cut; the rest is the spec's.
-    heads = [Column(name, justify="right", no_wrap=True) for name in columns]
-    return Table(Column(first, overflow="fold"), *heads, box=SIMPLE_HEAD, padding=0)
+def _table(first: str, *columns: str, whole: bool = False) -> Table:
+    """With `whole` numbers are never broken over lines: those of `quality` take 54 of 80 columns."""
+    heads = [Column(name, justify="right", no_wrap=whole) for name in columns]
+    return Table(Column(first, overflow="fold"), *heads, box=SIMPLE_HEAD, padding=0 if whole else (0, 1))
 
 
 def quality(record: Record) -> Table:
     """Bytes and logits, of the run file's first window length."""
-    table = _table("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity")
+    table = _table("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity", whole=True)
     for row in record["rows"]:
         x = headline(row)
         assert x is not None, "`tables` offers this table for records with logits alone"
