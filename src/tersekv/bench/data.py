@@ -9,7 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK
-from tersekv.ops import ordered
+from tersekv.ops import new_pool, ordered
 from tersekv.ops.pages import Pages
 from tersekv.packed import repack
 
@@ -78,7 +78,9 @@ def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tenso
         plain, recipe = codec.encode(blocks), codec.recipe(case.d)
         said.append(drawn.dense(recipe.values(plain)))
         parts.append(repack(plain, ordered(plain.layout, recipe, side, blocks.device).order))
-    pool = torch.cat([part.data for part in parts], -1)[drawn.index.flatten()]
+    blocks = torch.cat([part.data for part in parts], -1)
+    pool = new_pool(drawn.index.numel(), blocks.shape[1], blocks.device)
+    torch.index_select(blocks, 0, drawn.index.flatten(), out=pool)
     table = torch.arange(len(pool), dtype=torch.int32).view(1, *drawn.index.shape)
     lengths = torch.full((1, case.h), case.t)
     layouts = parts[0].layout, parts[1].layout
@@ -89,7 +91,7 @@ def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tenso
 def scattered(pages: Pages) -> Pages:
     """The same tokens with their pages anywhere in the pool, as an engine leaves them that shares it between users."""
     place = torch.randperm(len(pages.pool), generator=torch.Generator().manual_seed(1))
-    pool = torch.empty_like(pages.pool)
+    pool = new_pool(len(pages.pool), pages.pool.shape[1], pages.pool.device)
     pool[place] = pages.pool
     return replace(pages, pool=pool, table=place.to(torch.int32)[pages.table.long()])
 
