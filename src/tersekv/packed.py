@@ -38,7 +38,7 @@ class Packed:
 
 
 @lru_cache
-def _moves(plane: Plane, target: Plane) -> np.ndarray:
+def moves(plane: Plane, target: Plane) -> np.ndarray:
     """For each bit of the target, which bit of the plane it is."""
     return np.argsort(ORDERS[plane.order](plane))[ORDERS[target.order](target)]
 
@@ -47,7 +47,7 @@ def _reordered(content: Tensor, plane: Plane, target: Plane) -> Tensor:
     """Bytes of a plane moved to the target's order: bit i of the result is bit ORDER(i) of the linear stream."""
     shifts = torch.arange(8, dtype=torch.uint8, device=content.device)
     bits = ((content[..., None] >> shifts) & 1).flatten(-2)
-    index = torch.from_numpy(_moves(plane, target)).to(content.device)
+    index = torch.from_numpy(moves(plane, target)).to(content.device)
     moved = bits[..., index].unflatten(-1, (-1, 8))
     return (moved << shifts).sum(-1, dtype=torch.uint8)
 

@@ -72,9 +72,7 @@ class DenseTier:
 
 @lru_cache
 def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
-    sides = (("k", k), ("v", v))
-    keys, values = (ordered(codec.layout(d), codec.recipe(d), side, device) for side, codec in sides)
-    return keys, values
+    return ordered((k.layout(d), k.recipe(d)), (v.layout(d), v.recipe(d)), device)
 
 
 @dataclass(frozen=True)

@@ -74,17 +74,18 @@ def draw(case: Case, seed: int = 0) -> Drawn:
 def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tensor]]:
     """The tokens as pages, head by head as a cache lays them down, and what the pages say, folded, as dense tokens."""
     case, parts, said = drawn.case, [], []
-    for side, codec, blocks in (("k", k, drawn.k), ("v", v, drawn.v)):
-        plain, recipe = codec.encode(blocks), codec.recipe(case.d)
+    recipes = k.recipe(case.d), v.recipe(case.d)
+    layouts = ordered((k.layout(case.d), recipes[0]), (v.layout(case.d), recipes[1]), drawn.k.device)
+    for codec, blocks, recipe, layout in zip((k, v), (drawn.k, drawn.v), recipes, layouts, strict=True):
+        plain = codec.encode(blocks)
         said.append(drawn.dense(recipe.values(plain)))
-        parts.append(repack(plain, ordered(plain.layout, recipe, side, blocks.device).order))
+        parts.append(repack(plain, layout.order))
     blocks = torch.cat([part.data for part in parts], -1)
     pool = new_pool(drawn.index.numel(), blocks.shape[1], blocks.device)
     torch.index_select(blocks, 0, drawn.index.flatten(), out=pool)
     table = torch.arange(len(pool), dtype=torch.int32).view(1, *drawn.index.shape)
     lengths = torch.full((1, case.h), case.t)
-    layouts = parts[0].layout, parts[1].layout
-    pages = Pages(pool, table, lengths, *layouts, k.recipe(case.d), v.recipe(case.d))
+    pages = Pages(pool, table, lengths, *layouts, *recipes)
     return pages, (said[0], said[1])
 
 

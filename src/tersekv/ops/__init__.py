@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops import attention as reference
-from tersekv.ops import native
+from tersekv.ops import cuda, native
 from tersekv.ops.encoding import encode, repack, rotate, unrotate
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Recipe
@@ -37,9 +37,15 @@ FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's mat
 attend_alone = reference.attend_alone
 
 
-def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
-    """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
-    return layout.ordered(native.order(layout, recipe, side)) if device.type == "cpu" else layout
+def ordered(k: tuple[Layout, Recipe], v: tuple[Layout, Recipe], device: torch.device) -> tuple[Layout, Layout]:
+    """The layouts of keys and values in the storage order of the kernels that run on a device.
+
+    Kernels read both sides or none: if they refuse one, both stay linear, which the reference reads.
+    """
+    kernels = {"cpu": native, "cuda": cuda}.get(device.type)
+    if kernels is None or kernels.missing() or any(kernels.refusal(*side) for side in (k, v)):
+        return k[0], v[0]
+    return k[0].ordered(kernels.order(*k, "k")), v[0].ordered(kernels.order(*v, "v"))
 
 
 def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
@@ -56,6 +62,8 @@ def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> 
     """
     if native.reads(pages):
         return native.attend_pages(q, pages, scale, exact)
+    if cuda.reads(pages) and not exact:
+        return cuda.attend_pages(q, pages, scale)
     return reference.attend_pages(q, pages, scale)
 
 
@@ -63,6 +71,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float)
     """Attention over the first `lengths` tokens (b, h) of dense keys and values."""
     if _native_runs(q):
         return native.attend_dense(q, k, v, lengths, scale, torch.zeros(len(q), dtype=torch.int64), False)
+    if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
+        return cuda.attend_dense(q, k, v, _counted(lengths, k.shape[2]), scale, None, False)
     return reference.attend_dense(q, k, v, lengths, scale)
 
 
@@ -71,6 +81,8 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float
     if _native_runs(q):
         lengths = torch.full(k.shape[:2], k.shape[2], dtype=torch.int64)
         return native.attend_dense(q, k, v, lengths, scale, padding, True)
+    if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
+        return cuda.attend_dense(q, k, v, None, scale, _counted(padding, 0), True)
     return reference.attend_causal(q, k, v, padding, scale)
 
 
@@ -79,7 +91,12 @@ def merge(parts: Iterable[Partial]) -> Partial:
     whole = list(parts)
     if native.missing() is None and whole[0][0].device.type == "cpu":
         return native.merge(whole)
-    return reference.merge(whole)
+    return cuda.merge(whole) if cuda.joins(whole) else reference.merge(whole)
+
+
+def _counted(counts: Tensor, usual: int) -> Tensor | None:
+    """None if all counts are the usual one: most calls need no copy to the device."""
+    return None if counts.device.type == "cpu" and bool((counts == usual).all()) else counts
 
 
 def _native_runs(q: Tensor) -> bool:
@@ -99,10 +116,13 @@ class Implementation:
 def explain(device: str = "cpu") -> list[Implementation]:
     """Every implementation for a kind of device ("cpu", "cuda", "mps", ...), the one that runs first."""
     slow = Implementation("reference", True, "PyTorch in fp32, any device; it specifies the result and is slow.")
+    if device == "cuda":
+        if why := cuda.missing():
+            return [slow, Implementation("CUDA", False, why)]
+        return [Implementation("CUDA", True, "CUDA C++ kernels in 8-bit integers, compiled at first use."), slow]
     if device != "cpu":
-        kernels = {"cuda": "CUDA"}.get(device, device)
-        why = f"This version has no {kernels} kernels yet; the reference runs instead."
-        return [slow, Implementation(kernels, False, why)]
+        why = f"This version has no {device} kernels; the reference runs instead."
+        return [slow, Implementation(device, False, why)]
     if why := native.missing():
         return [slow, Implementation("native", False, why)]
     rows = [
@@ -121,8 +141,10 @@ def implementation(device: str = "cpu") -> str:
 
 def implementation_of(pages: Pages) -> str:
     """What attends to these pages: the reference names why nothing faster does."""
-    if native.reads(pages):
-        return implementation("cpu")
+    device = pages.pool.device.type
+    kernels = {"cpu": native, "cuda": cuda}.get(device, native)
+    if kernels.reads(pages):
+        return implementation(device)
     sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
-    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := native.refusal(layout, recipe))]
+    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := kernels.refusal(layout, recipe))]
     return f"reference ({'; '.join(reasons)})" if reasons else "reference"
