@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from tersekv.bench import attend_tables, decode_tables
+from tersekv.bench import attend_tables, decode_tables, gpu_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, did_you_mean
@@ -55,6 +55,8 @@ def _costs(spec: str, d: int) -> tuple[str, ...]:
 PARTS = {
     "attend": attend_tables.tables,
     "decode": decode_tables.tables,
+    "attend cuda": gpu_tables.tables,
+    "encode cuda": gpu_tables.tables,
 }  # records of several tables, and what makes them
 
 
