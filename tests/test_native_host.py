@@ -69,6 +69,18 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         assert f"attention by {said}" in " ".join(str(cache.report()).split())
 
 
+@pytest.mark.parametrize("spec", ["k=intn:bits=5 v=rotated:bits=4", "k=rotated:bits=4 v=intn:bits=4,group=16"])
+def test_one_side_that_the_kernels_cannot_read_sends_both_to_the_reference(spec: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 200, 64) for h in (4, 2, 2))
+    outputs = []
+    for route in ("fused", "decoded"):
+        store, none = Store(parse(spec), 1, 2, 64, torch.float32, torch.device("cpu")), np.zeros(1, dtype=np.int64)
+        store.append(k, v, none)
+        outputs.append(store.extend(q[:, :, :1], k[:, :, :1], v[:, :, :1], none, 0.125, route))
+    assert (outputs[0] - outputs[1]).abs().max() <= 64 * torch.finfo(torch.float32).eps * v.abs().max()
+
+
 def test_a_head_dim_beyond_the_kernels_scratch_runs_on_the_reference() -> None:
     d, none = 576, np.zeros(1, dtype=np.int64)
     outputs = []

@@ -1,6 +1,6 @@
 """Operations that have more than one implementation, and which of them runs where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "implementation_of",
     "merge",
     "ordered",
+    "page_layouts",
     "repack",
     "rotate",
     "unrotate",
@@ -39,6 +40,22 @@ attend_alone = reference.attend_alone
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
     """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
     return layout.ordered(native.order(layout, recipe, side)) if device.type == "cpu" else layout
+
+
+def page_layouts(sides: Mapping[str, tuple[Layout, Recipe]], device: torch.device) -> tuple[Layout, ...]:
+    """The layouts of the sides "k" and "v", ordered for the kernels on a device; linear if these cannot read both.
+
+    For whatever attends to a page reads both its sides.
+    """
+    if refusals(sides):
+        return tuple(layout for layout, _ in sides.values())
+    return tuple(ordered(layout, recipe, side, device) for side, (layout, recipe) in sides.items())
+
+
+def refusals(sides: Mapping[str, tuple[Layout, Recipe]]) -> str:
+    """Why the native kernels cannot read pages of these sides; empty if they can."""
+    names = {"k": "keys", "v": "values"}
+    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := native.refusal(*given)))
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:
@@ -115,6 +132,5 @@ def implementation_of(pages: Pages) -> str:
     """What attends to these pages: the reference names why nothing faster does."""
     if native.reads(pages):
         return implementation("cpu")
-    sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
-    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := native.refusal(layout, recipe))]
-    return f"reference ({'; '.join(reasons)})" if reasons else "reference"
+    reasons = refusals({"k": (pages.k_layout, pages.k_recipe), "v": (pages.v_layout, pages.v_recipe)})
+    return f"reference ({reasons})" if reasons else "reference"
