@@ -22,6 +22,7 @@ CONFIGURATIONS = [
     "intn:bits=2,axis=channel,group=32",
     "intn:bits=4,symmetric=yes",
     "intn:bits=8,axis=channel,group=16,symmetric=yes",
+    "kivi:bits=4,group=64",
     *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",
     *(f"rotated:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),

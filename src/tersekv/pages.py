@@ -87,7 +87,7 @@ def content(source: str, root: Path) -> str:
 def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:
     """Every page and picture that is not what records and registry say, and what makes it so."""
     found: dict[Path, Callable[[], bytes]] = {}
-    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
         text = page.read_text(encoding="utf-8")
         fresh = BLOCK.sub(lambda block: f"{block[1]}{content(block[2], root)}\n", text)
         if fresh != text:

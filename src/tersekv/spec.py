@@ -22,6 +22,7 @@ from tersekv.policy.window import Window
 CODECS = {
     "none": "tersekv.codecs.none:NoneCodec",
     "intn": "tersekv.codecs.intn:IntN",
+    "kivi": "tersekv.codecs.kivi:Kivi",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
     "rotated": "tersekv.codecs.rotated:Rotated",
 }

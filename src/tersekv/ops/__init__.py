@@ -28,6 +28,7 @@ __all__ = [
     "merge",
     "ordered",
     "page_layouts",
+    "refusals",
     "repack",
     "rotate",
     "unrotate",

@@ -45,9 +45,7 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
     if isinstance(recipe, Dense):
         return None
     if not layout.takes("simd_k"):
-        return (
-            f"{layout.nominal_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
-        )
+        return f"{layout.code_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
     for plane in layout.planes:
         whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
         if plane.name in ("scale", "zero", "channel_scale", "channel_zero") and (plane.rows, plane.cols) != whole:
@@ -79,7 +77,7 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     if isinstance(recipe, Dense):
         return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
     codes = layout.offsets["codes"]
-    return _native.Side(layout.nominal_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
+    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:
