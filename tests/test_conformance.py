@@ -22,6 +22,8 @@ CONFIGURATIONS = [
     "intn:bits=2,axis=channel,group=32",
     "intn:bits=4,symmetric=yes",
     "intn:bits=8,axis=channel,group=16,symmetric=yes",
+    "direction:bits=2,norm=fp16",
+    "direction:bits=3,codebook=shared",
     "kivi:bits=4,group=64",
     *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",

@@ -1,5 +1,6 @@
 """What each published method promises, on data where the promise can fail."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,3 +29,17 @@ def test_kivi_keys_are_better_per_channel_and_values_may_have_either() -> None:
         assert channel < 0.25 * token
     plain = torch.randn(4, BLOCK, 128)
     assert error("kivi", plain, "v") < 1.2 * error("kivi:axis=channel", plain, "v")
+
+
+@pytest.mark.parametrize("codebook", ["channel", "shared"])
+def test_direction_keeps_the_length(codebook: str) -> None:
+    """Renormalised: at 2 bits the decoded length is the token's, up to the rounding of an fp16 number."""
+    codec, x = parse_codec(f"direction:bits=2,norm=fp16,codebook={codebook}", "k"), biased_keys()
+    lengths = codec.decode(codec.encode(x)).norm(dim=-1) / x.norm(dim=-1)
+    assert (lengths - 1).abs().max() < 2**-11 + 1e-6
+    assert error(f"direction:bits=2,norm=fp16,codebook={codebook}", x) > 0.01
+
+
+def test_direction_follows_each_channel() -> None:
+    x = biased_keys()
+    assert error("direction:bits=3", x) < 0.1 * error("direction:bits=3,codebook=shared", x)

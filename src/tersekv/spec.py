@@ -21,6 +21,7 @@ from tersekv.policy.window import Window
 # One line a method. Other packages add theirs through the entry-point group "tersekv.codecs".
 CODECS = {
     "none": "tersekv.codecs.none:NoneCodec",
+    "direction": "tersekv.codecs.direction:Direction",
     "intn": "tersekv.codecs.intn:IntN",
     "kivi": "tersekv.codecs.kivi:Kivi",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",

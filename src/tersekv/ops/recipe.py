@@ -1,7 +1,8 @@
 """The arithmetic that kernels know. A codec names one; a kernel never sees a codec.
 
 dense   the stored values themselves
-grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional
+grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional;
+        first="channel": (table[code] * channel_scale + channel_zero) * scale + zero
 """
 
 from dataclasses import dataclass
@@ -31,14 +32,19 @@ class Grid:
     """Plane "codes" indexes `table`; a uniform quantiser's table is an arithmetic series."""
 
     table: tuple[float, ...]
-    name = "grid"
+    first: str = "token"  # whose scale and zero are applied to the table before the other's
+
+    @property
+    def name(self) -> str:
+        return "grid" if self.first == "token" else "grid, channels first"
 
     def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
         """Decoded values in the codec's folded domain, fp32."""
         codes = read_codes(packed)
         table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
         x = table.index_select(0, codes.flatten().int()).view(codes.shape)
-        for scale, zero in (("scale", "zero"), ("channel_scale", "channel_zero")):
+        steps = [("scale", "zero"), ("channel_scale", "channel_zero")]
+        for scale, zero in steps if self.first == "token" else reversed(steps):
             x = _times(x, read(packed, scale))
             x = _plus(x, read(packed, zero))
         return x
