@@ -27,10 +27,15 @@ CONFIGURATIONS = [
     "kivi:bits=4,group=64",
     *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",
+    "outliers:bits=2,more=2",
+    "polar:bits=3",
+    "qjl:bits=1",
     *(f"rotated:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "rotated:bits=3,mean=none",
     "rotated:bits=2,scale=norm,scale_kind=fp16",
     "rotated:bits=4,seed=7",
+    "turboquant:bits=2,form=prod",
+    "turboquant:bits=4,form=prod,seed=3",
 ]
 
 

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from tersekv.bench import attend_tables, decode_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
-from tersekv.errors import InputError, did_you_mean
+from tersekv.errors import InputError, SpecError, did_you_mean
 from tersekv.eval.run import Result
 from tersekv.figures import caption, is_fresh, svg
 from tersekv.spec import parse
@@ -39,11 +39,21 @@ def bytes_table() -> Table:
     """What packed tokens cost with each codec; sinks, recent tokens and page tables come on top."""
     options = {row["name"]: row["options"] for row in listing().codecs}
     specs = [f"{name}:bits={bits}" for name in options if "bits" in options[name] for bits in (8, 4, 3, 2)]
+    specs = [spec for spec in specs if _is_spec(spec)]
     heads = [f"d={d}: {what}" for d in (64, 128) for what in ("bits K, V", "bytes a token", "ratio")]
     table = Table("spec", *(Column(head, justify="right") for head in heads))
     for spec in ["none", *specs, "k=rotated:bits=4 v=rotated:bits=2"]:
         table.add_row(spec, *(cell for d in (64, 128) for cell in _costs(spec, d)))
     return table
+
+
+def _is_spec(text: str) -> bool:
+    """Not every codec takes every number of bits."""
+    try:
+        parse(text)
+    except SpecError:
+        return False
+    return True
 
 
 def _costs(spec: str, d: int) -> tuple[str, ...]:

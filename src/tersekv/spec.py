@@ -25,7 +25,11 @@ CODECS = {
     "intn": "tersekv.codecs.intn:IntN",
     "kivi": "tersekv.codecs.kivi:Kivi",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
+    "outliers": "tersekv.codecs.outliers:Outliers",
+    "polar": "tersekv.codecs.polar:Polar",
+    "qjl": "tersekv.codecs.qjl:QJL",
     "rotated": "tersekv.codecs.rotated:Rotated",
+    "turboquant": "tersekv.codecs.turboquant:TurboQuant",
 }
 
 PRESETS = {

@@ -3,9 +3,13 @@
 dense   the stored values themselves
 grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional;
         first="channel": (table[code] * channel_scale + channel_zero) * scale + zero
+joined  the values of several recipes, each over planes of its own, side by side
+
+A method may bring a recipe of its own; only the reference reads it.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +17,18 @@ from torch import Tensor
 
 from tersekv.ops.planes import read, read_codes
 from tersekv.packed import Packed
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """Frozen and hashable: kernels keep what they made of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
+        """Decoded values in the codec's folded domain, fp32, from planes in the linear order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,7 @@ class Grid:
     def name(self) -> str:
         return "grid" if self.first == "token" else "grid, channels first"
 
-    def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
-        """Decoded values in the codec's folded domain, fp32."""
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
         codes = read_codes(packed)
         table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
         x = table.index_select(0, codes.flatten().int()).view(codes.shape)
@@ -50,7 +65,18 @@ class Grid:
         return x
 
 
-Recipe = Dense | Grid
+@dataclass(frozen=True)
+class Joined:
+    """`parts`: prefix of the planes, recipe. The folded domain is as wide as theirs together."""
+
+    parts: tuple[tuple[str, Recipe], ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(recipe.name for _, recipe in self.parts)
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
+        return torch.cat([recipe.values(packed.part(prefix)) for prefix, recipe in self.parts], -1)
 
 
 def _grouped(x: Tensor, coarse: Tensor) -> Tensor:
