@@ -36,6 +36,7 @@ CONFIGURATIONS = [
     "rotated:bits=4,seed=7",
     "turboquant:bits=2,form=prod",
     "turboquant:bits=4,form=prod,seed=3",
+    "twoaxis:bits=2,rounds=1",
 ]
 
 

@@ -102,3 +102,22 @@ def test_outlier_channels_are_kept_apart() -> None:
     assert codec.layout(128).nominal_bits == 2.25
     assert set(codec.encode(x).plane("channels")[0].tolist()) >= {5, 17, 40}
     assert error("outliers", x) < 0.5 * error("turboquant:bits=2", x)
+
+
+def test_two_axes_undo_what_scales_tokens_and_channels() -> None:
+    """Rotated values that are a Gaussian times a factor a token and a factor a channel: 3 bits do as if they were not.
+
+    One axis alone cannot: it leaves the channels' factors in a token's range.
+    """
+    d = 64
+    even = torch.randn(4, BLOCK, d)
+    factors = torch.logspace(-1, 1, d)[torch.randperm(d)] * torch.logspace(-1, 1, BLOCK)[:, None]
+
+    def relative(text: str, rotated: Tensor, divisor: Tensor) -> float:
+        codec = parse_codec(text, "v")
+        back = codec.fold_query(codec.decode(codec.encode(codec.unfold_output(rotated))))
+        return float(((back - rotated) / divisor).square().mean())
+
+    both = relative("twoaxis:bits=3", even * factors, factors)
+    assert both < 1.3 * relative("twoaxis:bits=3", even, torch.ones(d))
+    assert both < 0.1 * relative("twoaxis:bits=3,rounds=0", even * factors, factors)

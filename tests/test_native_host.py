@@ -81,6 +81,7 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("polar", "recipe polar"),
         ("qjl:bits=1", ""),
         ("qjl", "128 codes a token: they read one for each of the 64 channels"),
+        ("twoaxis", ""),
         ("kivi", "plane channel_scale is in groups"),
         ("k=kivi:group=64 v=kivi:group=64", ""),
         ("k=intn:bits=5 v=rotated:bits=4", "keys: 5 bits"),

@@ -30,6 +30,7 @@ CODECS = {
     "qjl": "tersekv.codecs.qjl:QJL",
     "rotated": "tersekv.codecs.rotated:Rotated",
     "turboquant": "tersekv.codecs.turboquant:TurboQuant",
+    "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
 }
 
 PRESETS = {
