@@ -25,6 +25,8 @@ CONFIGURATIONS = [
     "direction:bits=2,norm=fp16",
     "direction:bits=3,codebook=shared",
     "kivi:bits=4,group=64",
+    "kvquant:bits=2,outliers=0",
+    "kvquant:bits=4,outliers=2",
     *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",
     "outliers:bits=2,more=2",

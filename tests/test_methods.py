@@ -121,3 +121,22 @@ def test_two_axes_undo_what_scales_tokens_and_channels() -> None:
     both = relative("twoaxis:bits=3", even * factors, factors)
     assert both < 1.3 * relative("twoaxis:bits=3", even, torch.ones(d))
     assert both < 0.1 * relative("twoaxis:bits=3,rounds=0", even * factors, factors)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_kvquant_keeps_an_outlier_and_what_is_around_it(side: str) -> None:
+    """One value of 100 in a vector: kept to fp16, and the others as if it were not there. Without, both are lost."""
+    plain = torch.randn(2, BLOCK, 64)
+    x = plain.clone()
+    x[:, 7, 11] = 100.0
+    others = torch.ones(BLOCK, 64, dtype=torch.bool)
+    others[7, 11] = False
+    errors = {}
+    for text, given in (("kvquant", x), ("kvquant", plain), ("kvquant:outliers=0", x)):
+        codec = parse_codec(text, side)
+        left = codec.decode(codec.encode(given)) - given
+        errors[text, given is x] = left[:, others].square().mean().item()
+        if text == "kvquant" and given is x:
+            assert left[:, 7, 11].abs().max() < 0.05
+    assert errors["kvquant", True] == pytest.approx(errors["kvquant", False], rel=0.02)
+    assert errors["kvquant:outliers=0", True] > 1.2 * errors["kvquant", True]

@@ -82,6 +82,8 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("qjl:bits=1", ""),
         ("qjl", "128 codes a token: they read one for each of the 64 channels"),
         ("twoaxis", ""),
+        ("kvquant", "recipe grid with outliers"),
+        ("kvquant:outliers=0", ""),
         ("kivi", "plane channel_scale is in groups"),
         ("k=kivi:group=64 v=kivi:group=64", ""),
         ("k=intn:bits=5 v=rotated:bits=4", "keys: 5 bits"),

@@ -24,6 +24,7 @@ CODECS = {
     "direction": "tersekv.codecs.direction:Direction",
     "intn": "tersekv.codecs.intn:IntN",
     "kivi": "tersekv.codecs.kivi:Kivi",
+    "kvquant": "tersekv.codecs.kvquant:KVQuant",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
     "outliers": "tersekv.codecs.outliers:Outliers",
     "polar": "tersekv.codecs.polar:Polar",
