@@ -36,6 +36,7 @@ CONFIGURATIONS = [
     "rotated:bits=3,mean=none",
     "rotated:bits=2,scale=norm,scale_kind=fp16",
     "rotated:bits=4,seed=7",
+    *(f"trellis:bits={bits}" for bits in (1, 2, 4)),
     "turboquant:bits=2,form=prod",
     "turboquant:bits=4,form=prod,seed=3",
     "twoaxis:bits=2,rounds=1",

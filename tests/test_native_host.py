@@ -82,6 +82,7 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("qjl:bits=1", ""),
         ("qjl", "128 codes a token: they read one for each of the 64 channels"),
         ("twoaxis", ""),
+        ("trellis", "recipe trellis"),
         ("kvquant", "recipe grid with outliers"),
         ("kvquant:outliers=0", ""),
         ("kivi", "plane channel_scale is in groups"),

@@ -30,6 +30,7 @@ CODECS = {
     "polar": "tersekv.codecs.polar:Polar",
     "qjl": "tersekv.codecs.qjl:QJL",
     "rotated": "tersekv.codecs.rotated:Rotated",
+    "trellis": "tersekv.codecs.trellis:TrellisCodec",
     "turboquant": "tersekv.codecs.turboquant:TurboQuant",
     "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
 }
