@@ -2,7 +2,8 @@
 
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
-(`results/attend.json#long`), or a table of the registry: codecs, presets or bytes.
+(`results/attend.json#long`), the rows of a method (`results/methods.json#kivi`), or a table of the registry: codecs,
+presets or bytes.
 """
 
 import json
@@ -20,9 +21,9 @@ from tersekv.bench import attend_tables, decode_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, SpecError, did_you_mean
-from tersekv.eval.run import Result
+from tersekv.eval.run import Result, methods_table
 from tersekv.figures import caption, is_fresh, svg
-from tersekv.spec import parse
+from tersekv.spec import codecs, parse
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
@@ -74,10 +75,17 @@ def _table(record: dict[str, Any]) -> Table:
     return EncodeBench(**{f.name: record[f.name] for f in fields(EncodeBench)}).__rich__()
 
 
+def _by_method(record: dict[str, Any]) -> dict[str, Table]:
+    """Of an evaluation: `methods` has all rows, and the name of a codec or policy the rows that use it."""
+    rows = record["rows"]
+    named = {name: [row for row in rows if re.search(rf"(^|[= ]){name}([: ]|$)", row["spec"])] for name in codecs()}
+    return {name: methods_table(found) for name, found in {"methods": rows, **named}.items()}
+
+
 def content(source: str, root: Path) -> str:
     """The text of a block. Raises InputError for a source that does not exist."""
-    codecs, presets = listing().__rich__().renderables
-    tables = {"codecs": lambda: codecs, "presets": lambda: presets, "bytes": bytes_table}
+    methods, presets = listing().__rich__().renderables
+    tables = {"codecs": lambda: methods, "presets": lambda: presets, "bytes": bytes_table}
     if source in tables:
         return markdown(tables[source]())
     name, _, part = source.partition("#")
@@ -89,6 +97,7 @@ def content(source: str, root: Path) -> str:
     if part == "caption":
         return caption(record)
     parts = PARTS[record["bench"]](record) if "bench" in record else {"": _table(record)}
+    parts |= _by_method(record) if "run" in record else {}
     if part not in parts:
         raise InputError(f'{name} has no table "{part}". {did_you_mean(part, [*parts, "caption"])}')
     return markdown(parts[part]) if part else f"{markdown(parts[part])}\n\n{caption(record)}"
