@@ -10,14 +10,14 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 2900,
+    ".": 2980,
     "bench": 1850,
-    "codecs": 320,
-    "eval": 300,
+    "codecs": 1090,
+    "eval": 320,
     "hf": 650,
     "models": 600,
-    "ops": 900,
-    "ops/cuda": 760,
+    "ops": 1060,
+    "ops/cuda": 780,
     "policy": 100,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9

@@ -78,7 +78,7 @@ def test_a_store_decodes_with_the_kernels(
 
 
 def test_what_kernels_refuse_runs_on_the_reference() -> None:
-    for spec, said in (("terse8", "8 bits of unequal steps"), ("intn:bits=5", "5 bits"), ("none", "dense pages")):
+    for spec, said in (("terse8", "8 bits of unequal steps"), ("intn:bits=5", "5 bits"), ("none", "recipe dense")):
         store = Store(parse(spec), 1, 1, 64, torch.float32, torch.device("cuda"))
         for n in (200, 1):
             store.extend(*torch.randn(3, 1, 1, n, 64, device="cuda"), np.zeros(1, dtype=np.int64), 0.125)

@@ -21,7 +21,7 @@ class Codec(ABC):
 
     Values live in two domains: the model's, and the *folded* one in which codes are taken. `decode` returns to the
     model's; attention stays in the folded one, because `q . k = fold_query(q) . k_folded` and the output of folded
-    values is brought back once a step by `unfold_output`.
+    values is brought back once a step by `unfold_output`. The folded domain may have more channels than the model's.
     """
 
     side_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # option defaults that differ for "k" and "v"
@@ -46,10 +46,10 @@ class Codec(ABC):
         """fp32 values in the model's domain, whatever order the codes are stored in."""
         return self.unfold_output(self.recipe(packed.layout.d).values(repack(packed, "linear")))
 
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead folded"]:
         return q
 
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def unfold_output(self, o: Float[Tensor, "*lead folded"]) -> Float[Tensor, "*lead d"]:
         return o
 
 

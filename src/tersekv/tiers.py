@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, ordered, repack
+from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, page_layouts, repack
 from tersekv.packed import Packed
 from tersekv.ragged import Lengths, join, take
 
@@ -72,7 +72,8 @@ class DenseTier:
 
 @lru_cache
 def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
-    return ordered((k.layout(d), k.recipe(d)), (v.layout(d), v.recipe(d)), device)
+    keys, values = page_layouts({"k": (k.layout(d), k.recipe(d)), "v": (v.layout(d), v.recipe(d))}, device)
+    return keys, values
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK
-from tersekv.ops import new_pool, ordered
+from tersekv.ops import new_pool, page_layouts
 from tersekv.ops.pages import Pages
 from tersekv.packed import repack
 
@@ -75,8 +75,9 @@ def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tenso
     """The tokens as pages, head by head as a cache lays them down, and what the pages say, folded, as dense tokens."""
     case, parts, said = drawn.case, [], []
     recipes = k.recipe(case.d), v.recipe(case.d)
-    layouts = ordered((k.layout(case.d), recipes[0]), (v.layout(case.d), recipes[1]), drawn.k.device)
-    for codec, blocks, recipe, layout in zip((k, v), (drawn.k, drawn.v), recipes, layouts, strict=True):
+    sides = {"k": (k.layout(case.d), recipes[0]), "v": (v.layout(case.d), recipes[1])}
+    k_layout, v_layout = page_layouts(sides, drawn.k.device)
+    for codec, blocks, recipe, layout in zip((k, v), (drawn.k, drawn.v), recipes, (k_layout, v_layout), strict=True):
         plain = codec.encode(blocks)
         said.append(drawn.dense(recipe.values(plain)))
         parts.append(repack(plain, layout.order))
@@ -85,7 +86,7 @@ def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tenso
     torch.index_select(blocks, 0, drawn.index.flatten(), out=pool)
     table = torch.arange(len(pool), dtype=torch.int32).view(1, *drawn.index.shape)
     lengths = torch.full((1, case.h), case.t)
-    pages = Pages(pool, table, lengths, *layouts, *recipes)
+    pages = Pages(pool, table, lengths, k_layout, v_layout, *recipes)
     return pages, (said[0], said[1])
 
 

@@ -19,7 +19,7 @@ from tersekv.bench.data import error
 from tersekv.bench.timing import spread
 from tersekv.errors import TersekvError
 from tersekv.layout import BLOCK, Layout
-from tersekv.ops import attend_pages, encode, ordered, repack
+from tersekv.ops import attend_pages, encode, page_layouts, repack
 from tersekv.ops.pages import Pages
 from tersekv.packed import Packed
 from tersekv.spec import Spec
@@ -102,15 +102,17 @@ def packed(spec: Spec, k: Tensor, v: Tensor) -> Pages:
     """Encoded on the device, pages anywhere in their pool, as an engine leaves them."""
     b, h, t, d = k.shape
     recipes = spec.k.recipe(d), spec.v.recipe(d)
-    layouts = ordered((spec.k.layout(d), recipes[0]), (spec.v.layout(d), recipes[1]), k.device)
-    split, count = layouts[0].nbytes, b * h * t // BLOCK
-    pool = torch.empty(count, split + layouts[1].nbytes, dtype=torch.uint8, device=k.device)
-    encode(spec.k, k.reshape(count, BLOCK, d), layouts[0], pool[:, :split])
-    encode(spec.v, v.reshape(count, BLOCK, d), layouts[1], pool[:, split:])
+    k_layout, v_layout = page_layouts(
+        {"k": (spec.k.layout(d), recipes[0]), "v": (spec.v.layout(d), recipes[1])}, k.device
+    )
+    split, count = k_layout.nbytes, b * h * t // BLOCK
+    pool = torch.empty(count, split + v_layout.nbytes, dtype=torch.uint8, device=k.device)
+    encode(spec.k, k.reshape(count, BLOCK, d), k_layout, pool[:, :split])
+    encode(spec.v, v.reshape(count, BLOCK, d), v_layout, pool[:, split:])
     place = torch.randperm(count, device=k.device)
     pool = pool[place.argsort()]
     lengths = torch.full((b, h), t, device=k.device)
-    return Pages(pool, place.to(torch.int32).view(b, h, -1), lengths, *layouts, *recipes)
+    return Pages(pool, place.to(torch.int32).view(b, h, -1), lengths, k_layout, v_layout, *recipes)
 
 
 def said(pages: Pages) -> tuple[Tensor, Tensor]:

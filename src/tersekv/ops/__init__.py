@@ -1,6 +1,6 @@
 """Operations that have more than one implementation, and which of them runs where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,24 +28,21 @@ __all__ = [
     "merge",
     "new_pool",
     "ordered",
+    "page_layouts",
+    "refusals",
     "repack",
     "rotate",
     "unrotate",
 ]
 
 FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's matrix products
+KERNELS = {"cpu": native, "cuda": cuda}  # by the type of device
 attend_alone = reference.attend_alone
 
 
-def ordered(k: tuple[Layout, Recipe], v: tuple[Layout, Recipe], device: torch.device) -> tuple[Layout, Layout]:
-    """The layouts of keys and values in the storage order of the kernels that run on a device.
-
-    Kernels read both sides or none: if they refuse one, both stay linear, which the reference reads.
-    """
-    kernels = {"cpu": native, "cuda": cuda}.get(device.type)
-    if kernels is None or kernels.missing() or any(kernels.refusal(*side) for side in (k, v)):
-        return k[0], v[0]
-    return k[0].ordered(kernels.order(*k, "k")), v[0].ordered(kernels.order(*v, "v"))
+def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
+    """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
+    return layout.ordered(KERNELS[device.type].order(layout, recipe, side)) if device.type in KERNELS else layout
 
 
 def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
@@ -53,6 +50,24 @@ def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and native.missing() is None:
         return native.new_pool(pages, nbytes)
     return torch.empty(pages, nbytes, dtype=torch.uint8, device=device)
+
+
+def page_layouts(sides: Mapping[str, tuple[Layout, Recipe]], device: torch.device) -> tuple[Layout, ...]:
+    """The layouts of the sides "k" and "v", ordered for the kernels on a device; linear if these cannot read both.
+
+    For whatever attends to a page reads both its sides.
+    """
+    if refusals(sides, device.type):
+        return tuple(layout for layout, _ in sides.values())
+    return tuple(ordered(layout, recipe, side, device) for side, (layout, recipe) in sides.items())
+
+
+def refusals(sides: Mapping[str, tuple[Layout, Recipe]], device: str = "cpu") -> str:
+    """Why the kernels of a kind of device cannot read pages of these sides; empty if they can, or if there are none."""
+    if device not in KERNELS:
+        return ""
+    names, refusal = {"k": "keys", "v": "values"}, KERNELS[device].refusal
+    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := refusal(*given)))
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:
@@ -142,9 +157,7 @@ def implementation(device: str = "cpu") -> str:
 def implementation_of(pages: Pages) -> str:
     """What attends to these pages: the reference names why nothing faster does."""
     device = pages.pool.device.type
-    kernels = {"cpu": native, "cuda": cuda}.get(device, native)
-    if kernels.reads(pages):
+    if device in KERNELS and KERNELS[device].reads(pages):
         return implementation(device)
-    sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
-    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := kernels.refusal(layout, recipe))]
-    return f"reference ({'; '.join(reasons)})" if reasons else "reference"
+    reasons = refusals({"k": (pages.k_layout, pages.k_recipe), "v": (pages.v_layout, pages.v_recipe)}, device)
+    return f"reference ({reasons})" if reasons else "reference"

@@ -12,7 +12,7 @@ from tersekv.ops.cuda import source
 from tersekv.ops.cuda.compiler import kernel, missing
 from tersekv.ops.cuda.levels import levels
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Dense, Grid, Recipe
+from tersekv.ops.recipe import Grid, Recipe
 
 HEAD_DIMS = (64, 128, 256)
 ORDERS = {"k": "mma_k", "v": "mma_v"}
@@ -70,13 +70,15 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
     """Why the kernels cannot read blocks of this layout, or None."""
     if layout.d not in HEAD_DIMS:
         return f"head dim {layout.d}: the CUDA kernels read {', '.join(map(str, HEAD_DIMS))}."
-    if isinstance(recipe, Dense):
-        return "dense pages: the CUDA kernels read codes."
+    if not isinstance(recipe, Grid) or recipe.name != "grid":
+        return f"recipe {recipe.name}: the CUDA kernels read grid."
     if not layout.takes("mma_k"):
-        return f"{layout.nominal_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
+        return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
     found = levels(recipe.table)
     if len(recipe.table) == 256 and found.error(recipe.table) > found.step / 100:
         return "8 bits of unequal steps: the CUDA kernels read equal ones."
+    if layout.plane("codes").cols != layout.d:
+        return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
         whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
         if plane.name in source.NUMBERS and (plane.rows, plane.cols) != whole:

@@ -66,7 +66,7 @@ def tables(encoder: Encoder, layout: Layout, device: int) -> Float[Tensor, "n"]:
 
 def shared_bytes(layout: Layout) -> int:
     """`sizeof(Shared)` in encode.cu."""
-    d, levels = layout.d, 2**layout.nominal_bits
+    d, levels = layout.d, 2**layout.code_bits
     codes = BLOCK * (d + 4) if layout.order == "mma_k" else d * (BLOCK + 4)
     return 4 * (BLOCK * (d // 16 * 20 + 16) + 2 * d + levels // 2 + levels + 8) + codes
 
@@ -91,7 +91,7 @@ def _constants(encoder: Encoder, layout: Layout) -> tuple[dict[str, int], dict[s
         integers |= {"UNBIASED": int(encoder.unbiased), "ROTATED": int(bool(encoder.signs))}
         return integers, floats | {"FACTOR": encoder.factor}
     assert isinstance(encoder, UniformEncoder)  # for the type checker: see `writes`
-    bits, method = layout.nominal_bits, 2 if "channel_scale" in layout else 1
+    bits, method = layout.code_bits, 2 if "channel_scale" in layout else 1
     top = 2 ** (bits - 1) - 1 if encoder.symmetric else 2**bits - 1
     low = -top - 1 if encoder.symmetric else 0
     integers |= {"METHOD": method, "SYMMETRIC": int(encoder.symmetric), "LOW": low, "HIGH": top}
