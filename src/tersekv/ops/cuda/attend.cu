@@ -8,6 +8,7 @@
 typedef Ring<SLOTS, SLOT_BYTES> Pages;
 
 struct Shared {
+  u64 copied[WARPS][SLOTS];
   Queries queries[QUERIES];
   float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
 };
@@ -28,6 +29,8 @@ struct Tables {
   }
 };
 
+static_assert(sizeof(Sums) <= WARPS * Pages::BYTES, "sums lie where the rings were");
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + WARPS * Pages::BYTES);
@@ -38,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
   const int begin = int(i64(pages) * split / a.splits) + warp, end = int(i64(pages) * (split + 1) / a.splits);
   const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;
-  const Pages ring(memory + warp * Pages::BYTES);
+  const Pages ring(memory + warp * Pages::BYTES, shared.copied[warp]);
 
   int ids = 0;  // the lanes hold the numbers of 32 pages
   const u8* from = a.pool;

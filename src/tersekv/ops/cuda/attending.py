@@ -111,10 +111,8 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
         shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
-        sums = 4 * warps * 8 * (d + 3)
         for slots in reversed(SLOTS):
-            ring = slots * slot + 16 * ((slots + 1) // 2)
-            total = max(warps * ring + shared + 16, sums)
+            total = warps * slots * (slot + 8) + shared + 16
             if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
                 return Shape(d, groups, threads, blocks, slots, total)
     raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no three slots of {slot} bytes.")

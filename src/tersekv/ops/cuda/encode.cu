@@ -27,6 +27,7 @@ struct Shared {
   float zero[D], inverse[D];
   float thresholds[HALF], centroids[LEVELS];
   float largest[WARPS];
+  float energy[BLOCK], along[BLOCK], unit[BLOCK];  // of tokens
   u8 codes[CODE_ROWS][CODE_WIDTH];
 };
 
@@ -68,20 +69,38 @@ INLINE void store(u8* plane, int i, float x, const float* edges) {
   else plane[i] = u8(log8_code(x, edges));
 }
 
-// The code of the nearest entry. A value on a threshold goes to the smaller magnitude.
-INLINE int nearest(float z, const float* thresholds) {
-  const float size = fabsf(z);
-  int level = 0;
-  if constexpr (HALF <= 8) {
+// The nearest entries of an odd-symmetric table. A value on a threshold goes to the smaller magnitude.
+struct Nearest {
+  static constexpr bool FEW = HALF <= 8;  // thresholds are held and all compared with, otherwise searched
+  float threshold[FEW ? HALF : 1], size[FEW ? HALF : 1];
+  const Shared& s;
+
+  INLINE explicit Nearest(const Shared& s) : s(s) {
+    if constexpr (FEW)
 #pragma unroll
-    for (int i = 0; i < HALF - 1; i++) level += size > thresholds[i];
-  } else {
-#pragma unroll
-    for (int step = HALF / 2; step; step /= 2)
-      if (thresholds[level + step - 1] < size) level += step;
+      for (int i = 0; i < HALF; i++) threshold[i] = i + 1 < HALF ? s.thresholds[i] : 0, size[i] = s.centroids[HALF + i];
   }
-  return z < 0 ? HALF - 1 - level : HALF + level;
-}
+  // The code of z, and its entry.
+  INLINE int operator()(float z, float& entry) const {
+    const float x = fabsf(z);
+    int level = 0;
+    if constexpr (FEW) {
+      entry = size[0];
+#pragma unroll
+      for (int i = 0; i < HALF - 1; i++) {
+        const bool above = x > threshold[i];
+        level += above, entry = above ? size[i + 1] : entry;
+      }
+    } else {
+#pragma unroll
+      for (int step = HALF / 2; step; step /= 2)
+        if (s.thresholds[level + step - 1] < x) level += step;
+      entry = s.centroids[HALF + level];
+    }
+    entry = z < 0 ? -entry : entry;
+    return z < 0 ? HALF - 1 - level : HALF + level;
+  }
+};
 
 // A thread brings 16 neighbours, and does the first four strides of the rotation on them.
 INLINE void load(const Arguments& a, Shared& s) {
@@ -170,49 +189,80 @@ INLINE void put_code(Shared& s, int t, int c, int code) {
   else s.codes[c][t / 4 % 2 * 32 + t / 2 % 2 * 16 + t / 16 * 4 + t / 8 % 2 * 2 + t % 2] = u8(code);
 }
 
-// One token by 16 lanes: codes, and what is stored for the token.
-INLINE void take_token(Shared& s, int t, const float* edges, u8* out) {
+// Tokens of a thread, with 15 others: they hold the values while one thread a token takes root and quotient.
+constexpr int MINE = BLOCK * LANES / THREADS;
+INLINE int token(int i) { return threadIdx.x / LANES + i * (THREADS / LANES); }
+
+INLINE void table_codes(Shared& s, const float* edges, u8* out) {
   const int lane = threadIdx.x % LANES;
-  float y[PARTS];
-  read_token(s, t, y);
-  if constexpr (ROTATED && !MEAN) rotate_rest(y);
-  if constexpr (MEAN)
+  float y[MINE][PARTS];
 #pragma unroll
-    for (int k = 0; k < PARTS; k++) y[k] -= s.zero[lane + LANES * k];
-  if constexpr (METHOD == TABLE) {
-    float energy = y[0] * y[0];
+  for (int i = 0; i < MINE; i++) {
+    read_token(s, token(i), y[i]);
+    if constexpr (ROTATED && !MEAN) rotate_rest(y[i]);
+    if constexpr (MEAN)
 #pragma unroll
-    for (int k = 1; k < PARTS; k++) energy += y[k] * y[k];
+      for (int k = 0; k < PARTS; k++) y[i][k] -= s.zero[lane + LANES * k];
+    float energy = y[i][0] * y[i][0];
+#pragma unroll
+    for (int k = 1; k < PARTS; k++) energy += y[i][k] * y[i][k];
     energy = halved(energy);
-    const float norm = sqrtf(energy), unit = norm > 0 ? ROOT_D / norm : 0.f;
+    if (lane == 0) s.energy[token(i)] = energy;
+  }
+  __syncthreads();
+  float norm = 0;
+  if (threadIdx.x < BLOCK) {
+    norm = sqrtf(s.energy[threadIdx.x]);
+    s.unit[threadIdx.x] = norm > 0 ? ROOT_D / norm : 0.f;
+  }
+  __syncthreads();
+  const Nearest nearest(s);
+#pragma unroll
+  for (int i = 0; i < MINE; i++) {
+    const float unit = s.unit[token(i)];
     float along = 0;
 #pragma unroll
     for (int k = 0; k < PARTS; k++) {
-      const int code = nearest(y[k] * unit, s.thresholds);
-      put_code(s, t, lane + LANES * k, code);
-      const float term = y[k] * s.centroids[code];
+      float entry;
+      put_code(s, token(i), lane + LANES * k, nearest(y[i][k] * unit, entry));
+      const float term = y[i][k] * entry;
       along = k ? along + term : term;
     }
-    along = halved(along);
-    const float scale = !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f;
-    if (lane == 0) store<S::SCALE.kind>(out + S::SCALE.offset, t, scale, edges);
-  } else if constexpr (METHOD == BY_TOKEN) {
-    float smallest = y[0], largest = y[0];
+    if constexpr (UNBIASED) along = halved(along);
+    if (UNBIASED && lane == 0) s.along[token(i)] = along;
+  }
+  __syncthreads();
+  if (threadIdx.x >= BLOCK) return;
+  const float along = UNBIASED ? s.along[threadIdx.x] : 0;
+  const float scale = !UNBIASED ? norm * FACTOR : along > 0 ? s.energy[threadIdx.x] / along : 0.f;
+  store<S::SCALE.kind>(out + S::SCALE.offset, threadIdx.x, scale, edges);
+}
+
+INLINE void uniform_codes(Shared& s, u8* out) {
+  const int lane = threadIdx.x % LANES;
 #pragma unroll
-    for (int k = 1; k < PARTS; k++) smallest = fminf(smallest, y[k]), largest = fmaxf(largest, y[k]);
+  for (int i = 0; i < MINE; i++) {
+    const int t = token(i);
+    float y[PARTS];
+    read_token(s, t, y);
+    float zero = 0, inverse = 0;
+    if constexpr (METHOD == BY_TOKEN) {
+      float smallest = y[0], largest = y[0];
 #pragma unroll
-    for (int i = 1; i < LANES; i *= 2)
-      smallest = fminf(smallest, across(smallest, i)), largest = fmaxf(largest, across(largest, i));
-    const Range range(smallest, largest);
-    if (lane == 0) reinterpret_cast<u16*>(out + S::SCALE.offset)[t] = range.scale;
-    if (lane == 0 && !SYMMETRIC) reinterpret_cast<u16*>(out + S::ZERO.offset)[t] = range.zero;
+      for (int k = 1; k < PARTS; k++) smallest = fminf(smallest, y[k]), largest = fmaxf(largest, y[k]);
 #pragma unroll
-    for (int k = 0; k < PARTS; k++) put_code(s, t, lane + LANES * k, steps(y[k], range.low, range.inverse));
-  } else {
+      for (int j = 1; j < LANES; j *= 2)
+        smallest = fminf(smallest, across(smallest, j)), largest = fmaxf(largest, across(largest, j));
+      const Range range(smallest, largest);
+      if (lane == 0) reinterpret_cast<u16*>(out + S::SCALE.offset)[t] = range.scale;
+      if (lane == 0 && !SYMMETRIC) reinterpret_cast<u16*>(out + S::ZERO.offset)[t] = range.zero;
+      zero = range.low, inverse = range.inverse;
+    }
 #pragma unroll
     for (int k = 0; k < PARTS; k++) {
       const int c = lane + LANES * k;
-      put_code(s, t, c, steps(y[k], s.zero[c], s.inverse[c]));
+      const bool by_channel = METHOD == BY_CHANNEL;
+      put_code(s, t, c, steps(y[k], by_channel ? s.zero[c] : zero, by_channel ? s.inverse[c] : inverse));
     }
   }
 }
@@ -268,7 +318,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(const Arguments a) 
   if constexpr (MEAN) take_mean(s, out);
   if constexpr (METHOD == BY_CHANNEL) channel_ranges(s, out);
   if constexpr (MEAN || METHOD == BY_CHANNEL) __syncthreads();
-  for (int t = threadIdx.x / LANES; t < BLOCK; t += THREADS / LANES) take_token(s, t, edges, out);
+  if constexpr (METHOD == TABLE) table_codes(s, edges, out);
+  else uniform_codes(s, out);
   __syncthreads();
   pack_block(s, out);
 }

@@ -68,7 +68,7 @@ def shared_bytes(layout: Layout) -> int:
     """`sizeof(Shared)` in encode.cu."""
     d, levels = layout.d, 2**layout.code_bits
     codes = BLOCK * (d + 4) if layout.order == "mma_k" else d * (BLOCK + 4)
-    return 4 * (BLOCK * (d // 16 * 20 + 16) + 2 * d + levels // 2 + levels + 8) + codes
+    return 4 * (BLOCK * (d // 16 * 20 + 16) + 2 * d + levels // 2 + levels + 8 + 3 * BLOCK) + codes
 
 
 @lru_cache

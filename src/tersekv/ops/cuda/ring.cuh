@@ -6,9 +6,10 @@ template <int SLOTS, int SLOT_BYTES>
 struct Ring {
   u32 slots, barriers;  // shared-memory addresses
 
-  static constexpr int BYTES = SLOTS * SLOT_BYTES + 16 * ((SLOTS + 1) / 2);
+  static constexpr int BYTES = SLOTS * SLOT_BYTES;
 
-  INLINE Ring(u8* memory) : slots(shared_address(memory)), barriers(shared_address(memory) + SLOTS * SLOT_BYTES) {
+  // `done`: the barriers, in memory that nothing else is ever written to.
+  INLINE Ring(u8* memory, u64 (&done)[SLOTS]) : slots(shared_address(memory)), barriers(shared_address(done)) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < SLOTS; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i));
