@@ -6,6 +6,7 @@ import torch
 from native_cases import make_case, mma_pages
 
 from tersekv import ops
+from tersekv.bench import gpu
 from tersekv.ops import attention as reference
 from tersekv.ops import cuda
 from tersekv.spec import parse
@@ -96,3 +97,15 @@ def test_a_decoding_step_is_captured_in_a_graph() -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, right[0]) and torch.equal(lse, right[1])
+
+
+@pytest.mark.parametrize(
+    "spec", ["terse4", "terse3", "rotated:bits=1", "intn:bits=4", "intn:bits=8", "lloydmax:bits=2"]
+)
+@pytest.mark.parametrize(("d", "t"), [(64, 1024), (128, 4096)])
+def test_errors_of_many_blocks_at_once(spec: str, d: int, t: int) -> None:
+    """At most twice those of bf16 attention on the same tensors, and the same at each run on a full GPU."""
+    case = gpu.Case(64, d, 32, 8, t)
+    one, _ = gpu.ours(case, spec, parse(spec), gpu.draw(case, "cuda"))
+    outs = [one.run()[0] for _ in range(6)]
+    assert all(torch.equal(out, outs[0]) for out in outs)

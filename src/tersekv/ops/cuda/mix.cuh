@@ -11,6 +11,10 @@ INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&
   for (int t = 0; t < TOKENS; t++) scale[t] = 1, offset[t] = 0;
   if constexpr (V::SCALE.kind != NONE) numbers<V::SCALE.kind>(page + V::SCALE.offset, first, scale);
   if constexpr (V::ZERO.kind != NONE) numbers<V::ZERO.kind>(page + V::ZERO.offset, first, offset);
+  // What all channels share is a multiple of the exponentials as they are; rounded weights multiply only what is centred,
+  // so that their rounding errors do not add up.
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) offset[t] += (V::MID - V::CENTRE) * scale[t];
   if (tokens_left < BLOCK)
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
@@ -19,13 +23,13 @@ INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&
   softmax.weigh(s, scale, offset, b);
   const int start[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
   float middle[2] = {0, 0};
-  if constexpr (V::MID != 0) {  // times the sum of the weights as they were rounded
+  if constexpr (V::CENTRE != 0) {  // times the sum of the weights as they were rounded
     const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
     int all[4];
     mma<false, false>(all, ones, b[0], b[1], start);
     mma<false, false>(all, ones, b[2], b[3], all);
 #pragma unroll
-    for (int j = 0; j < 2; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::MID;
+    for (int j = 0; j < 2; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::CENTRE;
   }
 #pragma unroll
   for (int j = 0; j < 2; j++)

@@ -16,4 +16,5 @@ constexpr int SLOT_BYTES = K::BYTES > V::BYTES ? K::BYTES : V::BYTES;
 constexpr bool BY_PAGE = K::CHANNEL_SCALE.kind != NONE || (K::CHANNEL_ZERO.kind != NONE && K::CHANNEL_ZERO.kind != INT8);
 constexpr bool MEAN = !BY_PAGE && K::CHANNEL_ZERO.kind == INT8;
 constexpr bool K_ZERO = K::ZERO.kind != NONE || K::MID != 0;
+constexpr bool V_ZERO = V::ZERO.kind != NONE || V::MID != V::CENTRE;
 constexpr bool V_CHANNELS = V::CHANNEL_SCALE.kind != NONE || V::CHANNEL_ZERO.kind != NONE;

@@ -60,7 +60,7 @@ struct Softmax {
       for (int j = 0; j < 2; j++) {
         w[t][j] = p[t][j] * scale[t];
         largest[j] = fmaxf(largest[j], w[t][j]);
-        if constexpr (V::ZERO.kind != NONE) page_zero[j] += p[t][j] * offset[t];
+        if constexpr (V_ZERO) page_zero[j] += p[t][j] * offset[t];
       }
     // Upper halves of the two maxima, rounded up, so that no weight exceeds 255.
     u32 both = prmt(__float_as_uint(largest[0]), __float_as_uint(largest[1]), 0x7632) + 0x00010001u;
