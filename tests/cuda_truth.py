@@ -17,25 +17,25 @@ QUERY = 0.51 / (127 * 254)
 WEIGHT = 0.51 * (1 + 2**-7) / 255
 
 
-def near(side: Side) -> Tensor:
-    """Table entries on the levels that the kernels multiply."""
+def near(side: Side) -> tuple[Tensor, Tensor]:
+    """Table entries on the levels that the kernels multiply, and the part of them that rounded weights multiply."""
     assert isinstance(side.recipe, Grid)
-    found = levels(side.recipe.table)
-    entries = torch.tensor([found.middle + found.step * n for n in found.level], dtype=torch.float64)
-    return entries[read_codes(side.packed).int()]
+    found, codes = levels(side.recipe.table), read_codes(side.packed).int()
+    steps = found.step * torch.tensor(found.level, dtype=torch.float64)
+    return (steps + found.middle)[codes], (steps + found.centre)[codes]
 
 
 def of_row(case: Case, q: Tensor, pages: slice, length: int) -> tuple[Tensor, ...]:
     """Output, log-sum-exp and their bounds of query rows (rows, d) over one row of the page table."""
     k, v = (tokens(side, pages, length) for side in (case.k, case.v))
-    k_near, v_near = (near(side)[pages].flatten(0, 1)[:length] for side in (case.k, case.v))
+    (k_near, _), (v_near, v_centred) = ([x[pages].flatten(0, 1)[:length] for x in near(s)] for s in (case.k, case.v))
     scores = case.scale * q @ k.values.T
     lse, p = scores.logsumexp(-1), scores.softmax(-1)
     out = p @ v.values
     off = score_bound(q, k, k_near, case.scale).amax(-1, keepdim=True) + 2**-19
     spread = (p[:, :, None] * (v.values - out[:, None]).abs()).sum(1)
     moved = torch.expm1(2 * off) * spread
-    rounded = (length + 64) * EPS * (p @ v.magnitude) + weight_bound(p, v, v_near)
+    rounded = (length + 64) * EPS * (p @ v.magnitude) + weight_bound(p, v, v_near, v_centred)
     return out, lse, moved + torch.exp(2 * off) * rounded, off[:, 0] + (8 + length / 16) * EPS * (1 + lse.abs())
 
 
@@ -48,10 +48,10 @@ def score_bound(q: Tensor, k: Tokens, k_near: Tensor, scale: float) -> Tensor:
     return scale * (step * reach + by_table + (q.shape[-1] + 16) * EPS * (q.abs() @ k.magnitude.T))
 
 
-def weight_bound(p: Tensor, v: Tokens, v_near: Tensor) -> Tensor:
+def weight_bound(p: Tensor, v: Tokens, v_near: Tensor, v_centred: Tensor) -> Tensor:
     """Of each output (rows, d): half a step of the largest weight of each block, and the steps of the table."""
     w = p * v.scale.T
-    centred = (v_near.abs() * v.channel_scale.abs()).T
+    centred = (v_centred.abs() * v.channel_scale.abs()).T
     return (blocks_of(w).amax(-1) * WEIGHT) @ blocks_of(centred).sum(-1).T + w @ (
         (v.t - v_near).abs() * v.channel_scale.abs()
     )

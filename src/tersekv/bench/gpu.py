@@ -25,7 +25,7 @@ from tersekv.packed import Packed
 from tersekv.spec import Spec
 
 PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention 2": SDPBackend.FLASH_ATTENTION}
-FLUSH = 2**29  # bytes read between two launches: ten times the second-level cache
+FLUSH = 2**30  # bytes read between two launches: twenty times the second-level cache
 COPY = 2**31
 MOST = 2.0  # times the error of 16-bit attention on the same dequantised tensors
 FLOOR = 1e-3  # errors below it are not compared: 16-bit attention may be right by luck
@@ -72,18 +72,17 @@ class Cold:
 
     def turns(self, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
         """Seconds of each, one a round, after two that are not counted."""
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(rounds + 2):
+        marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        for _ in range(rounds + 2):
             for name, run in runs.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self()
+                self()  # takes longer than Python to launch what follows, so that the device never waits for it
                 begin.record()
                 run()
                 end.record()
-                end.synchronize()
-                if number > 1:
-                    seconds[name].append(begin.elapsed_time(end) / 1e3)
-        return seconds
+                marks[name].append((begin, end))
+        torch.cuda.synchronize()
+        return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs[2:]] for name, pairs in marks.items()}
 
 
 def draw(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops.cuda import source
-from tersekv.ops.cuda.compiler import kernel, missing
+from tersekv.ops.cuda.compiler import Kernel, kernel, missing
 from tersekv.ops.cuda.levels import levels
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid, Recipe
@@ -21,6 +21,7 @@ LOG2E = 1.4426950408889634
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
 SLOTS = range(3, 13)  # of a warp's ring
+Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
 OVERHEAD = 3  # what a block costs besides its pages, in pages of a warp
 
 
@@ -142,6 +143,16 @@ def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
     return min(range(1, max(1, min(blocks // warps, at_once)) + 1), key=cost)
 
 
+@lru_cache
+def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> tuple[Kernel, Shape, int, int]:
+    """The kernel, its shape, its tiles of query rows for each sequence and head, and its splits: made once a form."""
+    gpu = limits(device)
+    how = shape(pages[0], pages[1], rows, gpu)
+    tiles = -(-rows // (8 // how.groups))
+    run = kernel(text(*pages, how), "attend", device, how.shared_bytes)
+    return run, how, tiles, splits(sequences * tiles, blocks, how, gpu.processors)
+
+
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -162,13 +173,9 @@ def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
     rows, device = hq // h * n, q.device
     out = torch.empty(b, hq, n, d, dtype=torch.float32, device=device)
     lse = torch.empty(b, hq, n, dtype=torch.float32, device=device)
-    gpu = limits(device.index)
-    how = shape(pages.k_layout, pages.v_layout, rows, gpu)
-    tiles = -(-rows // (8 // how.groups))
-    parts = splits(b * h * tiles, blocks, how, gpu.processors)
     assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid)  # for the type checker: see `reads`
-    source_text = text(pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe, how)
-    run = kernel(source_text, "attend", device.index, how.shared_bytes)
+    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
+    run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
     results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
     scratch = torch.empty(results * (d + 1), dtype=torch.float32, device=device)
     sums = scratch[results * d :]

@@ -17,6 +17,11 @@ class Levels:
     step: float
     middle: float
 
+    @property
+    def centre(self) -> float:
+        """What is added to `step * level` so that rounded weights multiply numbers around 0: bits are 0 and 1."""
+        return -self.step / 2 if len(self.level) == 2 else 0.0
+
     def error(self, table: tuple[float, ...]) -> float:
         """The largest distance of an entry from its level."""
         near = self.middle + self.step * np.array(self.level)

@@ -28,8 +28,8 @@ def side(name: str, layout: Layout, recipe: Grid | None = None) -> str:
 def _table(recipe: Grid) -> str:
     found = levels(recipe.table)
     words = ", ".join(f"T{i} = {word:#010x}u" for i, word in enumerate(packed(found.level)))
-    centre = -found.step / 2 if len(found.level) == 2 else 0.0  # of what multiplies rounded weights: see mix.cuh
-    return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)}, CENTRE = {number(centre)};
+    return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)};
+  static constexpr float CENTRE = {number(found.centre)};
   static constexpr u32 {words};
 """
 
