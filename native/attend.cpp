@@ -10,22 +10,32 @@ namespace tersekv {
 
 namespace {
 
-constexpr int64_t SPLIT = 1024;  // tokens of one job: enough jobs for the threads, and the same ones for any number
-
 struct Piece {
   int head, first_row, rows, part, parts;
-  size_t at;  // of its partial result, in rows
+  int64_t first, last;  // tokens
+  size_t at;            // of its partial result, in rows
 };
+
+// Tokens of one job: jobs enough for many threads, and the same ones for any number of them and beside any other
+// sequence. A job costs about as much to begin as 30 tokens.
+int64_t split(int64_t length) {
+  constexpr int64_t LEAST = 1024, MOST_PARTS = 16, STEP = BLOCK * TILE;
+  const int64_t share = (length / MOST_PARTS + STEP - 1) / STEP * STEP;
+  return share > LEAST ? share : LEAST;
+}
 
 std::vector<Piece> cut(const Attention& a) {
   std::vector<Piece> pieces;
   size_t at = 0;
   for (int head = 0; head < int(a.tokens.size()); head++) {
-    const int64_t length = a.tokens[head].length;
-    const int parts = length > SPLIT ? int((length + SPLIT - 1) / SPLIT) : 1;
+    const int64_t length = a.tokens[head].length, each = split(length);
+    const int parts = length > each ? int((length + each - 1) / each) : 1;
     for (int row = 0; row < a.rows; row += ROWS) {
       const int rows = a.rows - row < ROWS ? a.rows - row : ROWS;
-      for (int part = 0; part < parts; part++, at += rows) pieces.push_back({head, row, rows, part, parts, at});
+      for (int part = 0; part < parts; part++, at += rows) {
+        const int64_t last = part + 1 < parts ? (part + 1) * each : length;
+        pieces.push_back({head, row, rows, part, parts, part * each, last, at});
+      }
     }
   }
   return pieces;
@@ -40,13 +50,16 @@ Scratch& scratch() {
   return *mine;
 }
 
-void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, float* partial) {
+// `next`: what the same thread is likely to do afterwards, or null.
+void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, const Piece* next, float* partial) {
   Job job{a.k, a.v, a.tokens[p.head], a.q + (int64_t(p.head) * a.rows + p.first_row) * a.d, p.rows, a.d, a.n,
           p.first_row, a.scale, a.exact};
-  const Tokens& whole = a.tokens[p.head];
-  const int64_t first = p.part * SPLIT, last = first + SPLIT;
-  if (first > job.tokens.first) job.tokens.first = first;
-  job.tokens.last = last < whole.length && p.part + 1 < p.parts ? last : whole.length;
+  if (p.first > job.tokens.first) job.tokens.first = p.first;
+  job.tokens.last = p.last;
+  if (next && job.tokens.table) {
+    job.tokens.next = a.tokens[next->head].table + next->first / BLOCK;
+    job.tokens.next_count = (next->last - next->first + BLOCK - 1) / BLOCK;
+  }
   float max[ROWS + STRIP], sum[ROWS];  // the maxima of a strip are written as four, however many rows it has
   kernels.attend(job, scratch(), {partial, max, sum});
   for (int r = 0; r < p.rows; r++) {  // a partial result is an output and its log-sum-exp, as everywhere else
@@ -79,7 +92,8 @@ void attend(const Attention& a, const Kernels& kernels, int threads) {
   std::unique_ptr<float[]> partials(new float[rows * (a.d + 1)]);
   Pool& pool = Pool::shared();
   pool.run(int(pieces.size()), threads, [&](int i) {
-    run_piece(a, kernels, pieces[i], partials.get() + pieces[i].at * (a.d + 1));
+    const Piece* next = size_t(i + threads) < pieces.size() ? &pieces[i + threads] : nullptr;
+    run_piece(a, kernels, pieces[i], next, partials.get() + pieces[i].at * (a.d + 1));
   });
   std::vector<const Piece*> firsts;
   for (const Piece& piece : pieces)

@@ -9,6 +9,7 @@
 #include "bandwidth.h"
 #include "encode_bindings.h"
 #include "isas.h"
+#include "memory.h"
 #include "require.h"
 #include "side.h"
 
@@ -169,6 +170,8 @@ uint64_t read_memory(Bytes data, int streams, int threads) {
   return read_all(data.data(), int64_t(data.size()), streams, threads);
 }
 
+void large_pages(Pool8 pool) { prefer_large_pages(pool.data(), int64_t(pool.size())); }
+
 std::vector<std::tuple<std::string, bool, std::string>> isas() {
   std::vector<std::tuple<std::string, bool, std::string>> all;
   for (const Choice& choice : choices()) all.emplace_back(choice.kernels->name, choice.runs, choice.why);
@@ -191,6 +194,7 @@ NB_MODULE(_native, m) {
         "padding"_a.noconvert(), "causal"_a, "scale"_a, "isa"_a, "threads"_a, "out"_a.noconvert(), "lse"_a.noconvert());
   m.def("merge", &merge_parts, "outs"_a, "lses"_a);
   m.def("read_memory", &read_memory, "data"_a.noconvert(), "streams"_a, "threads"_a, "Parity of all bytes.");
+  m.def("prefer_large_pages", &large_pages, "pool"_a.noconvert());
   bind_encoding(m);
   m.def("isas", &isas, "Names, whether each runs here, and what it needs; best first.");
 }

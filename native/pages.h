@@ -28,8 +28,16 @@ struct Side {
   Plane channel_scale, channel_zero;  // one number for each channel
   float table[256] = {};         // what a code stands for
   float step = 0, low = 0;       // table[i] is near low + step * levels[i]
-  uint8_t levels[64] = {};       // the table on 0..127, repeated to 64 entries so that a look-up may ignore high bits
+  // The table on 0..127, by indices of 6 bits in which a code may lie at several places: see `code_at`.
+  uint8_t levels[4][64] = {};
 };
+
+// Which code the index of a look-up names, in table `which`: bits 0.., 4 / bits places further up in each next table.
+// Codes of 3 bits lie at bits 0 and 3; the last two tables take theirs from bits 0, 1, 4 and bits 2, 3, 5.
+inline int code_at(int bits, int which, int index) {
+  if (bits == 3 && which >= 2) return (index >> 2 * (which - 2) & 3) | (index >> (which + 2) & 1) << 2;
+  return index >> bits * which & ((1 << bits) - 1);
+}
 
 // Where the tokens of one (sequence, KV head) lie. Either pages behind a table, or rows of a dense tensor.
 struct Tokens {
@@ -41,6 +49,8 @@ struct Tokens {
   int64_t first = 0, length = 0;              // tokens first..length count
   int64_t last = 0;                           // of them, those below this one are this job's
   bool causal = false;                        // dense: query i of n sees tokens up to length - n + i
+  const int32_t* next = nullptr;              // pages that the same thread is likely to read afterwards
+  int64_t next_count = 0;
 };
 
 // Running softmax of some query rows: `out` is not yet divided by `sum`.

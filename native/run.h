@@ -71,8 +71,10 @@ class Run {
   void begin() {
     for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
     std::memset(out_.out, 0, sizeof(float) * job_.rows * d_);
-    std::memset(&sums_, 0, sizeof sums_);
-    std::memset(&strip_, 0, sizeof strip_);
+    std::memset(sums_.mass, 0, sizeof(float) * LANES * job_.rows);
+    std::memset(sums_.common, 0, sizeof(float) * LANES * job_.rows);
+    std::memset(strip_.nothing, 0, sizeof strip_.nothing);
+    std::memset(strip_.mixed, 0, sizeof(float) * STRIP * d_);
     for (float& x : strip_.one) x = 1;
     for (auto& gain : strip_.gain)
       for (float& x : gain) x = 1;
@@ -148,8 +150,16 @@ class Run {
       return;
     }
     const uint8_t* page = t.pool + t.table[index] * t.page_bytes;
-    block.ahead = (index + TILE) * BLOCK < t.last ? t.pool + t.table[index + TILE] * t.page_bytes : page;
+    block.ahead = ahead_of(index, page);
     block.k = page + job_.k->start, block.v = page + job_.v->start;
+  }
+
+  // The page that is read TILE blocks later, by this job or by the one after it.
+  const uint8_t* ahead_of(int64_t index, const uint8_t* page) const {
+    const Tokens& t = job_.tokens;
+    const int64_t later = index + TILE, beyond = later - (t.last + BLOCK - 1) / BLOCK;
+    if (beyond < 0) return t.pool + t.table[later] * t.page_bytes;
+    return beyond < t.next_count ? t.pool + t.next[beyond] * t.page_bytes : page;
   }
 
   // The three parts of a block's work ask for the lines of a page in proportion to the time they take.
@@ -186,8 +196,8 @@ class Run {
       read_plane(block.v, vs.channel_scale, d_, log8_, 1, block.v_channel_scale);
       read_plane(block.v, vs.channel_zero, d_, log8_, 0, block.v_channel_zero);
     }
-    if (shared_ && k_int8_) LOOK_UP[ks.bits - 1](ks.levels, block.k + ks.codes, d_ / 8, block.k_levels);
-    if (shared_ && v_int8_) LOOK_UP[vs.bits - 1](vs.levels, block.v + vs.codes, d_ / 8, block.v_levels);
+    if (shared_ && k_int8_) LOOK_UP[ks.bits - 1](ks.levels[0], block.k + ks.codes, d_ / 8, block.k_levels);
+    if (shared_ && v_int8_) LOOK_UP[vs.bits - 1](vs.levels[0], block.v + vs.codes, d_ / 8, block.v_levels);
   }
 
   // Products of four queries with the block's channel zeros. Rows beyond the last one are multiplied in vain.
@@ -213,9 +223,9 @@ class Run {
     } else if (!k_int8_) {
       SCORE_EXACT[of_bits(s.bits)][rows - 1](s.table, block.k + s.codes, ahead(block, 0), d_, q, scores);
     } else if (shared_) {
-      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.k_levels, Ahead{nullptr, 0}, d_, int8, scores);
+      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.k_levels, Ahead{nullptr, 0}, d_, int8, scores);
     } else {
-      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels, block.k + s.codes, ahead(block, 0), d_, int8, scores);
+      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.k + s.codes, ahead(block, 0), d_, int8, scores);
     }
   }
 
@@ -232,9 +242,9 @@ class Run {
     } else if (!v_int8_) {
       MIX_EXACT[of_bits(s.bits)][rows - 1](s.table, block.v + s.codes, ahead(block, 2), d_, weights, fade, gain, out);
     } else if (shared_) {
-      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels, block.v_levels, Ahead{nullptr, 0}, d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.v_levels, Ahead{nullptr, 0}, d_, strip_.int8[i], fade, gain, out);
     } else {
-      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels, block.v + s.codes, ahead(block, 2), d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.v + s.codes, ahead(block, 2), d_, strip_.int8[i], fade, gain, out);
     }
     if (by_channel) add_by_channel(block, i, later, r, rows);
   }

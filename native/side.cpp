@@ -41,10 +41,12 @@ void set_levels(Side& side, const std::vector<float>& table) {
     low = std::fmin(low, table[i]), high = std::fmax(high, table[i]);
   }
   side.low = low, side.step = high > low ? (high - low) / 127 : 1;
-  for (int i = 0; i < 64; i++) {
-    const float x = table[i % table.size()];
-    side.levels[i] = uint8_t(std::lround((x - low) / side.step));
-  }
+  if (side.bits == 8) return;  // read exactly: an index has 6 bits
+  for (int which = 0; which < 4; which++)
+    for (int i = 0; i < 64; i++) {
+      const float x = table[code_at(side.bits, which, i)];
+      side.levels[which][i] = uint8_t(std::lround((x - low) / side.step));
+    }
 }
 
 }  // namespace

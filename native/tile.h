@@ -17,15 +17,17 @@ using Bytes = Isa::Bytes;
 using Ints = Isa::Ints;
 using Floats = Isa::Floats;
 
-// The codes of a unit, as far as one register reaches. Higher bits of a field's bytes hold other fields.
+// The codes of a unit, as far as one register reaches.
 template <int BITS>
 struct Unit {
   using Pairs = Isa::Pairs;
+  static constexpr bool WIDE_3 = BITS == 3 && Isa::INDEX_BITS == 6;
   Pairs word[BITS];
 
   explicit INLINE Unit(const uint8_t* unit) {
     for (int i = 0; i < BITS; i++) word[i] = Isa::load<Pairs>(unit + VECTOR * i);
   }
+  // The code lies in the low bits; higher bits of a byte hold other fields.
   INLINE Bytes field(int f) const {
     if constexpr (BITS == 3) {
       if (f < 6) return (Bytes)(word[f % 3] >> 3 * (f / 3));
@@ -37,15 +39,37 @@ struct Unit {
       return (Bytes)(word[f / EACH] >> BITS * (f % EACH));
     }
   }
+  // The code lies where table `table_of(f)` looks for it: most fields are indices as they are, and several share one.
+  INLINE Bytes index(int f) const {
+    if constexpr (WIDE_3) {
+      if (f < 6) return (Bytes)word[f % 3];
+      const Pairs first = (Pairs)Isa::all_bytes(0x03), second = (Pairs)Isa::all_bytes(0x0c);
+      return (Bytes)(((word[0] >> 6) & first) | ((word[1] >> 4) & second) | ((word[2] >> 2) & ~(first | second)));
+    } else if constexpr (BITS == 3) {
+      return field(f);
+    } else {
+      constexpr int EACH = 8 / BITS;
+      return (Bytes)(word[f / EACH] >> (f % EACH * BITS / 4 * 4));
+    }
+  }
+  static constexpr int TABLES = WIDE_3 || BITS == 1 ? 4 : BITS == 2 ? 2 : 1;
+  static constexpr int table_of(int f) {
+    if (WIDE_3) return f < 6 ? f / 3 : f - 4;
+    return BITS == 3 ? 0 : f % (8 / BITS) % TABLES;
+  }
 };
 
-// Levels that codes stand for in the int8 kernels.
+// Levels that codes stand for in the int8 kernels. See `Side::levels`.
 template <int BITS>
 struct Levels {
-  Bytes table, mask = Isa::all_bytes((1 << (BITS & 7)) - 1);
-  explicit INLINE Levels(const uint8_t* levels) : table(Isa::load<Bytes>(levels)) {}
+  static constexpr int TABLES = Unit<BITS>::TABLES;
+  Bytes table[TABLES], mask = Isa::all_bytes((1 << Isa::INDEX_BITS) - 1);
+  explicit INLINE Levels(const uint8_t* levels) {
+    for (int i = 0; i < TABLES; i++) table[i] = Isa::load<Bytes>(levels + VECTOR * i);
+  }
   INLINE Bytes operator()(const Unit<BITS>& unit, int f) const {
-    return BITS == LOOKED_UP ? unit.field(f) : Isa::look_up(table, unit.field(f), mask);
+    if constexpr (BITS == LOOKED_UP) return unit.field(f);
+    return Isa::look_up(table[unit.table_of(f)], unit.index(f), mask);
   }
 };
 

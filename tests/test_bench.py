@@ -13,7 +13,7 @@ from tersekv import InputError
 from tersekv.bench import ggml
 from tersekv.bench.attend import Grid, attend, grid_of, read_grids
 from tersekv.bench.attend_tables import AttendResult, tables
-from tersekv.bench.data import Case, draw, error, exact, packed
+from tersekv.bench.data import Case, draw, error, exact, packed, scattered
 from tersekv.bench.timing import Cold, paired, take_turns
 from tersekv.errors import TersekvError
 from tersekv.ops import attention, native
@@ -114,16 +114,21 @@ def test_pages_say_what_the_reference_reads_in_them() -> None:
     linear = replace(pages, pool=torch.cat([side.data for side in sides], -1), **layouts)
     out, _ = attention.attend_pages(q, linear, 0.125)
     assert error(out, exact(q, k, v, 0.125)) < 1e-5
-    assert sorted(pages.table.flatten().tolist()) == list(range(16))
-    assert pages.table.flatten().tolist() != list(range(16))
+    assert pages.table.flatten().tolist() == list(range(16))
+    anywhere = scattered(linear)
+    assert sorted(anywhere.table.flatten().tolist()) == list(range(16))
+    assert anywhere.table.flatten().tolist() != list(range(16))
+    assert torch.equal(attention.attend_pages(q, anywhere, 0.125)[0], out)
 
 
 def test_contestants_take_turns_and_ratios_are_paired() -> None:
     order: list[str] = []
     contestants = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = take_turns(contestants, 2, lambda: order.append("-"))
-    assert order == ["-", "a", "-", "b"] * 2
-    assert [len(values) for values in seconds.values()] == [2, 2]
+    seconds = take_turns(contestants, 8, lambda name: order.append(f"before {name}"))
+    assert order[::2] == [f"before {name}" for name in order[1::2]]
+    rounds = [tuple(order[4 * i + 1 : 4 * i + 4 : 2]) for i in range(8)]
+    assert set(rounds) == {("a", "b"), ("b", "a")}
+    assert [len(values) for values in seconds.values()] == [8, 8]
     assert paired([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])["median"] == 3
 
 

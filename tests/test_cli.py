@@ -22,6 +22,7 @@ VERBS = {
     "try": ["try"],
     "list": ["list"],
     "info": ["info"],
+    "plan": ["plan"],
     "doctor": ["doctor"],
     "eval": ["eval"],
     "bench": ["bench"],

@@ -9,7 +9,7 @@
 namespace tersekv::TERSEKV_ISA {
 
 struct Isa : Vector {
-  static constexpr int STRIP = 2, TILES = 1;
+  static constexpr int STRIP = 2, TILES = 1, INDEX_BITS = 4;
 
   static INLINE Bytes look_up(Bytes table, Bytes index, Bytes mask) {
     return (Bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)(index & mask));

@@ -108,6 +108,41 @@ def info(
 
 
 @app.command
+def plan(
+    model: str,
+    *,
+    memory: str,
+    context: int | None = None,
+    users: int = 1,
+    weight_bits: float = 16,
+    reserve: float = 0.1,
+    json: Json = False,
+) -> None:
+    """How many tokens and users of each cache fit into a memory beside the weights.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id (its configuration is enough) or a local folder.
+    memory
+        Of the device, such as 80GB or 24GiB.
+    context
+        Tokens of each user. Default: the model's limit, at most 32,768.
+    users
+        Also show how many tokens each has if so many share the memory.
+    weight_bits
+        Bits a weight is held in.
+    reserve
+        Share of the memory that is kept free for activations and the engine.
+    """
+    from tersekv.plan import plan as make
+
+    with Stages() as stages:
+        result = make(model, memory, context, users, weight_bits, reserve, stages)
+    show(result, json)
+
+
+@app.command
 def doctor(*, json: Json = False) -> None:
     """Versions, devices, which implementation runs, and why another cannot."""
     from tersekv.doctor import diagnose

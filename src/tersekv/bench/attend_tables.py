@@ -80,7 +80,7 @@ def summary(name: str, cases: list[Case], absent: list[str]) -> Table:
     """Milliseconds, and how many times faster the first of ours is than the fastest peer of each case."""
     first, columns = cases[0]["rows"][0]["name"], shown(cases[0])
     changing = [letter for letter in ("d", "hq", "h", "t", "n") if len({case[letter] for case in cases}) > 1]
-    heads = (*columns, "torch", *absent, f"{first}: x faster")
+    heads = (*columns, "torch", *absent)
     right = (Column(head, justify="right") for head in (*changing, *heads))
     faster = Column(f"{first}: x faster", justify="right", no_wrap=True)
     table = Table(*right, faster, "than", title=f"{name}: milliseconds", box=SIMPLE_HEAD)

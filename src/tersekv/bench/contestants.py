@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tersekv.bench import ggml
-from tersekv.bench.data import Drawn, error, exact, packed
+from tersekv.bench.data import Drawn, error, exact, packed, scattered
 from tersekv.errors import TersekvError
-from tersekv.ops import native
+from tersekv.ops import Pages, native
 from tersekv.spec import Spec, parse
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
@@ -48,20 +48,20 @@ class Contestant:
 
 
 def ours(drawn: Drawn, bits: int, isas: list[str], attend: Kernel) -> Iterator[Contestant]:
-    """Packed pages: on every instruction set in 8-bit integers, on the first one also in fp32."""
+    """Packed pages: on every instruction set in 8-bit integers; on the first one also scattered, and in fp32."""
     spec, scale = parse(f"rotated:bits={bits}"), drawn.case.scale
-    pages, said = packed(drawn, spec.k, spec.v)
+    in_order, said = packed(drawn, spec.k, spec.v)
+    best, *others = isas
+    ways = [("", in_order, False, best), (" scattered", scattered(in_order), False, best)]
+    ways += [(" exact", in_order, True, best), *((f" {isa}", in_order, False, isa) for isa in others)]
+    for name, pages, in_fp32, isa in ways:
 
-    def run(in_fp32: bool, isa: str) -> Tensor:
-        out, _ = attend(spec.k.fold_query(drawn.q), pages, scale, in_fp32, isa)
-        return spec.v.unfold_output(out)
+        def run(pages: Pages = pages, in_fp32: bool = in_fp32, isa: str = isa) -> Tensor:
+            out, _ = attend(spec.k.fold_query(drawn.q), pages, scale, in_fp32, isa)
+            return spec.v.unfold_output(out)
 
-    truth = partial(_folded_truth, drawn, spec)
-    for number, isa in enumerate(isas):
-        for in_fp32 in (False, True)[: 2 - bool(number)]:
-            name = " ".join([f"{bits} bits", *["exact"] * in_fp32, *[isa] * bool(number)])
-            bound = BOUNDS["exact" if in_fp32 else "int8"]
-            yield Contestant(name, "ours", pages.pool.nbytes, partial(run, in_fp32, isa), bound, lambda: said, truth)
+        bound, truth = BOUNDS["exact" if in_fp32 else "int8"], partial(_folded_truth, drawn, spec)
+        yield Contestant(f"{bits} bits{name}", "ours", pages.pool.nbytes, run, bound, lambda: said, truth)
 
 
 def _folded_truth(drawn: Drawn, spec: Spec, k: Tensor, v: Tensor) -> Tensor:

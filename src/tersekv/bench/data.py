@@ -1,6 +1,6 @@
-"""What attention is timed on: keys with channel means, moderately peaked scores, pages in a shuffled table."""
+"""What attention is timed on: keys with channel means, moderately peaked scores, pages in order or scattered."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK
-from tersekv.ops import ordered
+from tersekv.ops import new_pool, ordered
 from tersekv.ops.pages import Pages
 from tersekv.packed import repack
 
@@ -72,21 +72,28 @@ def draw(case: Case, seed: int = 0) -> Drawn:
 
 
 def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tensor]]:
-    """The tokens as pages, scattered over their pool, and what the pages say, folded, as dense tokens."""
+    """The tokens as pages, head by head as a cache lays them down, and what the pages say, folded, as dense tokens."""
     case, parts, said = drawn.case, [], []
     for side, codec, blocks in (("k", k, drawn.k), ("v", v, drawn.v)):
         plain, recipe = codec.encode(blocks), codec.recipe(case.d)
         said.append(drawn.dense(recipe.values(plain)))
         parts.append(repack(plain, ordered(plain.layout, recipe, side, blocks.device).order))
-    count = drawn.index.numel()
-    place = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-    pool = torch.empty(count, sum(part.layout.nbytes for part in parts), dtype=torch.uint8)
-    pool[place] = torch.cat([part.data for part in parts], -1)[drawn.index.flatten()]
-    table = place.to(torch.int32).view(1, *drawn.index.shape)
+    blocks = torch.cat([part.data for part in parts], -1)
+    pool = new_pool(drawn.index.numel(), blocks.shape[1], blocks.device)
+    torch.index_select(blocks, 0, drawn.index.flatten(), out=pool)
+    table = torch.arange(len(pool), dtype=torch.int32).view(1, *drawn.index.shape)
     lengths = torch.full((1, case.h), case.t)
     layouts = parts[0].layout, parts[1].layout
     pages = Pages(pool, table, lengths, *layouts, k.recipe(case.d), v.recipe(case.d))
     return pages, (said[0], said[1])
+
+
+def scattered(pages: Pages) -> Pages:
+    """The same tokens with their pages anywhere in the pool, as an engine leaves them that shares it between users."""
+    place = torch.randperm(len(pages.pool), generator=torch.Generator().manual_seed(1))
+    pool = new_pool(len(pages.pool), pages.pool.shape[1], pages.pool.device)
+    pool[place] = pages.pool
+    return replace(pages, pool=pool, table=place.to(torch.int32)[pages.table.long()])
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

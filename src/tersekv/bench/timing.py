@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from random import Random
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -55,16 +56,20 @@ def torch_threads(count: int) -> Iterator[None]:
 def take_turns(
     contestants: dict[str, Callable[[], Any]],
     rounds: int,
-    between: Callable[[], Any],
+    prepare: Callable[[str], Any],
     report: Callable[[float], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, one a round; `between` runs before every call and is not timed."""
+    """Seconds of each contestant, one a round; `prepare(name)` runs before every call and is not timed.
+
+    The order is drawn anew for each round: whoever followed llama.cpp took a third longer, so nobody may do so always.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    drawn = Random(0)
     for number in range(rounds):
-        for name, run in contestants.items():
-            between()
+        for name in drawn.sample(list(contestants), len(contestants)):
+            prepare(name)
             began = perf_counter()
-            run()
+            contestants[name]()
             seconds[name].append(perf_counter() - began)
         if report:
             report((number + 1) / rounds)

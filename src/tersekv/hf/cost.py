@@ -2,13 +2,16 @@
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tersekv.errors import InputError
+from tersekv.models.conversion import quiet
 from tersekv.spec import Spec
 
 BF16 = 2  # bytes
+TABLES = 8  # bytes of a block's entries: its page and its position
 
 
 def head_dim(config: Any) -> int:
@@ -16,16 +19,40 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def context_limit(whole: PreTrainedConfig) -> int | None:
+    return getattr(whole.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def weight_count(whole: PreTrainedConfig) -> int:
+    """Weights of the model, shared ones once, without making room for them."""
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(whole)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def sequence_bytes(whole: PreTrainedConfig, spec: Spec, tokens: int) -> int:
+    """Bytes of one sequence: packed layers with their dense tiers and page tables, other layers in bf16.
+
+    What a cache also holds is small: the positions of dense tokens and the lengths of tiers.
+    """
+    costs = _costs(whole, spec, tokens)
+    return costs["packed"] + costs["window"] + costs["tables"]
+
+
 def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) -> dict[str, Any]:
     """Bytes of one sequence of `context` tokens, dense in bf16 and packed, page tables and lengths not included.
 
     Raises InputError for a context that the model does not have.
     """
-    config: Any = whole.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_limit(whole)
     tokens = min(limit or 32_768, 32_768) if context is None else context
     if tokens < 1 or (limit and tokens > limit):
         raise InputError(f"--context {tokens}: this model takes 1 to {limit} tokens (max_position_embeddings).")
+    return {name: count for name, count in _costs(whole, spec, tokens).items() if name != "tables"}
+
+
+def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
+    config: Any = whole.get_text_config(decoder=True)
     d, heads = head_dim(config), int(config.num_key_value_heads or config.num_attention_heads)
     k, v = spec.k.layout(d), spec.v.layout(d)
     layers: list[Any] = DynamicCache(config=config).layers
@@ -43,4 +70,5 @@ def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) 
         "dense": len(packed) * tokens * token,
         "packed": len(packed) * bytes_packed,
         "window": window * token,
+        "tables": len(packed) * blocks * heads * TABLES,
     }

@@ -26,6 +26,7 @@ __all__ = [
     "implementation",
     "implementation_of",
     "merge",
+    "new_pool",
     "ordered",
     "page_layouts",
     "refusals",
@@ -41,6 +42,13 @@ attend_alone = reference.attend_alone
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
     """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
     return layout.ordered(native.order(layout, recipe, side)) if device.type == "cpu" else layout
+
+
+def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised memory for pages (pages, nbytes), uint8."""
+    if device.type == "cpu" and native.missing() is None:
+        return native.new_pool(pages, nbytes)
+    return torch.empty(pages, nbytes, dtype=torch.uint8, device=device)
 
 
 def page_layouts(sides: Mapping[str, tuple[Layout, Recipe]], device: torch.device) -> tuple[Layout, ...]:

