@@ -10,15 +10,15 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 2980,
+    ".": 3300,
     "bench": 1850,
     "codecs": 1090,
     "eval": 320,
-    "hf": 650,
+    "hf": 750,
     "models": 600,
-    "ops": 1060,
+    "ops": 1260,
     "ops/cuda": 780,
-    "policy": 100,
+    "policy": 250,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from tersekv.layout import Layout
 from tersekv.ops import implementation, refusals
 from tersekv.ops.recipe import Recipe
-from tersekv.spec import PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec
+from tersekv.spec import POLICIES, PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec, policy_class
 from tersekv.terminal import bytes_text
 
 PICTURE_WIDTH = 64
@@ -20,31 +20,43 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 @dataclass(frozen=True)
 class Listing:
-    """Every codec with its options and their defaults, and every preset."""
+    """Every codec and policy with its options and their defaults, and every preset."""
 
     codecs: list[dict[str, Any]]
+    policies: list[dict[str, Any]]
     presets: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __rich__(self) -> Group:
-        methods = Table("codec", "what it is", "options (default)", title="codecs: k=NAME:option=value,... v=...")
-        for row in self.codecs:
-            methods.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
+        methods = _options_table("codec", self.codecs, "codecs: k=NAME:option=value,... v=...")
+        policies = _options_table("policy", self.policies, "policies: policy=NAME option=value ...")
         presets = Table("preset", "stands for", title="presets (provisional: not yet chosen by measurement)")
         for name, text in self.presets.items():
             presets.add_row(name, text)
-        return Group(methods, presets)
+        return Group(methods, policies, presets)
+
+
+def _options_table(what: str, rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(what, "what it is", "options (default)", title=title)
+    for row in rows:
+        table.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
+    return table
 
 
 def listing() -> Listing:
-    rows = []
-    for name in sorted(codecs()):
-        cls = codec_class(name)
-        summary = (import_module(cls.__module__).__doc__ or cls.__doc__ or "").strip().splitlines()[0]
-        rows.append({"name": name, "summary": summary.removeprefix(f"`{name}`: "), "options": _options(name)})
-    return Listing(rows, PRESETS)
+    rows = [_row(name, codec_class(name), _options(name)) for name in sorted(codecs())]
+    policies = []
+    for name in POLICIES:
+        cls = policy_class([f"policy={name}"])
+        policies.append(_row(name, cls, {f.name: option_text(f.default) for f in fields(cls)}))
+    return Listing(rows, policies, PRESETS)
+
+
+def _row(name: str, cls: type, options: dict[str, str]) -> dict[str, Any]:
+    summary = (import_module(cls.__module__).__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+    return {"name": name, "summary": summary.removeprefix(f"`{name}`: "), "options": options}
 
 
 def _options(name: str) -> dict[str, str]:

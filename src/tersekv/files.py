@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tersekv.errors import CacheError, CacheFileError
-from tersekv.tiers import DenseTier
+from tersekv.tiers import DenseTier, Evicted, Tiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,9 @@ def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]
     tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()}
     tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
-    return tensors, {"slots": layer.slots.total, "padded": padded}
+    evicted = {"evicted": [tiers.evicted.count.tolist(), tiers.evicted.below.tolist()]}
+    notes = {"slots": layer.slots.total, "padded": padded}
+    return tensors, notes | (evicted if tiers.evicted.count.any() else {})
 
 
 def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[str, Any]) -> None:
@@ -108,7 +110,9 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}
-    store.tiers = type(store.tiers)(dense, packed)
+    gone = (np.array(x, dtype=np.int64) for x in notes["evicted"]) if "evicted" in notes else None
+    evicted = Evicted(*gone) if gone else Evicted.none(dense["recent"].lengths)
+    store.tiers = Tiers(dense, packed, evicted)
     padded = tuple((start, np.array(pads, dtype=np.int64)) for start, pads in notes["padded"])
     layer.slots = Slots(notes["slots"], padded)
 

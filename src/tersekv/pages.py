@@ -86,7 +86,7 @@ def _by_method(record: dict[str, Any]) -> dict[str, Table]:
 
 def content(source: str, root: Path) -> str:
     """The text of a block. Raises InputError for a source that does not exist."""
-    methods, presets = listing().__rich__().renderables
+    methods, _, presets = listing().__rich__().renderables
     tables = {"codecs": lambda: methods, "presets": lambda: presets, "bytes": bytes_table}
     if source in tables:
         return markdown(tables[source]())

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.ops import attend_alone, attend_causal, merge
+from tersekv.policy.base import Asked
 from tersekv.ragged import take
 from tersekv.spec import Spec
 from tersekv.tiers import DenseTier
@@ -28,15 +29,17 @@ class Store:
         """Real tokens of each sequence, padding not counted."""
         return self.tiers.seen[:, 0]
 
-    def append(self, k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], padding: Padding) -> None:
-        """Store new tokens; those that make a block due are encoded."""
+    def append(
+        self, k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], padding: Padding, asked: Asked | None = None
+    ) -> None:
+        """Store new tokens; those that make a block due are encoded. `asked`: the queries that came with them."""
         start = np.broadcast_to(padding[:, None], k.shape[:2])
         count = k.shape[2] - start
         slots = np.arange(int(count.max(initial=0)))
         positions = (self.tiers.seen[..., None] + slots).astype(np.int32)
         placed = torch.from_numpy(positions).to(k.device)
         fresh = DenseTier(take(k, start, count), take(v, start, count), placed, count)
-        self.tiers = self.spec.policy.place(self.tiers, fresh)
+        self.tiers = self.spec.policy.place(self.tiers, fresh, asked)
 
     def extend(
         self,
@@ -59,7 +62,7 @@ class Store:
             now_q, now_k, now_v = (x[:, :, start:stop] for x in (q, k, v))
             pads = np.clip(padding - start, 0, stop - start)
             outputs.append(self._attend(now_q, now_k, now_v, pads, scale, route))
-            self.append(now_k, now_v, pads)
+            self.append(now_k, now_v, pads, (now_q, scale))
         return torch.cat([out.to(q.dtype) for out in outputs], 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Padding, scale: float, route: str) -> Tensor:
@@ -94,4 +97,4 @@ class Store:
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Sequences `rows`, in that order; a sequence may repeat."""
-        self.tiers = self.tiers.map(lambda tier: tier.select(rows))
+        self.tiers = self.tiers.select(rows)

@@ -7,7 +7,6 @@ share pages. Lengths live on the host as NumPy arrays (b, h), because the host d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -161,6 +160,13 @@ class PackedTier:
         cut = replace(self, table=self.table[..., :blocks], starts=self.starts[..., :blocks], lengths=lengths)
         return cut.compacted()
 
+    def without_first(self, lengths: Lengths) -> "PackedTier":
+        """Without the oldest `lengths` tokens (whole blocks) of each row, whose pages are freed."""
+        first, left = lengths // self.block, self.lengths - lengths
+        table, starts = (take(x, first, left // self.block) for x in (self.table, self.starts))
+        cut = replace(self, table=table, starts=starts, lengths=left)
+        return replace(cut, table=torch.where(cut.filled(), table, -1)).compacted()
+
     @cached_property
     def pages(self) -> Pages:
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
@@ -198,19 +204,41 @@ class PackedTier:
 
 
 @dataclass(frozen=True)
+class Evicted:
+    """Tokens that a policy gave up: how many of each row, and a position that all of them are below."""
+
+    count: Lengths
+    below: Lengths
+
+    @staticmethod
+    def none(like: Lengths) -> "Evicted":
+        return Evicted(np.zeros_like(like), np.zeros_like(like))
+
+    def more(self, count: Lengths, below: Lengths) -> "Evicted":
+        return Evicted(self.count + count, np.where(count > 0, np.maximum(self.below, below), self.below))
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "Evicted":
+        index = rows.cpu().numpy()
+        return Evicted(self.count[index], self.below[index])
+
+
+@dataclass(frozen=True)
 class Tiers:
     """All tokens of one layer, by tier name; attention does not care which tier, or which order, a token is in."""
 
     dense: dict[str, DenseTier]
     packed: dict[str, PackedTier]
+    evicted: Evicted
 
     def all(self) -> dict[str, DenseTier | PackedTier]:
         return {**self.dense, **self.packed}
 
     @property
     def seen(self) -> Lengths:
-        return sum((tier.lengths for tier in self.all().values()), start=np.zeros((), dtype=np.int64))
+        """Tokens that came, held or not: the position of the next one."""
+        return sum((tier.lengths for tier in self.all().values()), start=self.evicted.count)
 
-    def map(self, change: Callable[[Any], Any]) -> "Tiers":
-        dense = {name: change(tier) for name, tier in self.dense.items()}
-        return Tiers(dense, {name: change(tier) for name, tier in self.packed.items()})
+    def select(self, rows: Int[Tensor, "rows"]) -> "Tiers":
+        dense = {name: tier.select(rows) for name, tier in self.dense.items()}
+        packed = {name: tier.select(rows) for name, tier in self.packed.items()}
+        return Tiers(dense, packed, self.evicted.select(rows))
