@@ -43,17 +43,17 @@ def repack(packed: Packed, order: str) -> Packed:
 def rotate(x: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.rotate`, bit for bit."""
     if native.rotates(x):
-        return native.rotate(x, _signs(x.shape[-1], seed), back=False)
+        return native.rotate(x, rotation_signs(x.shape[-1], seed), back=False)
     return rotation.rotate(x, seed)
 
 
 def unrotate(y: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.unrotate`, bit for bit."""
     if native.rotates(y):
-        return native.rotate(y, _signs(y.shape[-1], seed), back=True)
+        return native.rotate(y, rotation_signs(y.shape[-1], seed), back=True)
     return rotation.unrotate(y, seed)
 
 
 @lru_cache
-def _signs(d: int, seed: int) -> Tensor:
+def rotation_signs(d: int, seed: int) -> Tensor:
     return torch.from_numpy(rotation.signs(d, seed))

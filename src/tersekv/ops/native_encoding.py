@@ -15,8 +15,6 @@ from tersekv.ops.planes import log8_edges
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _fits(d: int) -> bool:
     return native.missing() is None and d % 16 == 0 and 16 <= d <= native.MAX_HEAD_DIM
@@ -25,7 +23,7 @@ def _fits(d: int) -> bool:
 def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
     """Whether `encode` can run: values in memory, and planes such as the kernels read."""
     whole = layout.block == BLOCK and _fits(layout.d) and native.refusal(layout, recipe) is None
-    return whole and x.device.type == "cpu" and x.dtype in DTYPES
+    return whole and x.device.type == "cpu" and x.dtype in native.DTYPES
 
 
 def encode(
