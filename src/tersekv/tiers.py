@@ -16,7 +16,18 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, ordered, repack
+from tersekv.ops import (
+    Pages,
+    Partial,
+    attend_dense,
+    attend_pages,
+    dense_part,
+    encode,
+    new_pool,
+    ordered,
+    pages_part,
+    repack,
+)
 from tersekv.packed import Packed
 from tersekv.ragged import Lengths, join, take
 
@@ -66,6 +77,11 @@ class DenseTier:
         """In fp32, whether `exact` or not."""
         return attend_dense(q, self.k, self.v, torch.from_numpy(self.lengths), scale)
 
+    @cached_property
+    def part(self) -> Any:
+        """What native code attends to, made once; None where it cannot."""
+        return dense_part(self.k, self.v, self.lengths)
+
     def decoded(self) -> "DenseTier":
         return self
 
@@ -89,6 +105,7 @@ class PackedTier:
     table: Tensor  # int32 (b, h, blocks), -1 where a row has no such block
     starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
     lengths: Lengths
+    whole: bool = True  # every page has a row that refers to it
 
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
@@ -112,35 +129,44 @@ class PackedTier:
 
     def append(self, tokens: DenseTier) -> "PackedTier":
         """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block."""
-        count = tokens.lengths // self.block
-        blocks = tokens.k.shape[2] // self.block
+        tier, count = self.compacted(), tokens.lengths // self.block
+        first, blocks = len(tier.pool), tokens.k.shape[2] // self.block
         filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
-        k, v = (x.unflatten(2, (blocks, self.block))[filled] for x in (tokens.k, tokens.v))
-        stored = [encode(c, x, y).data for c, x, y in zip((self.k, self.v), (k, v), self.layouts, strict=True)]
-        pages = torch.cat(stored, -1)
-        tier = self.compacted()
         ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
-        first = len(tier.pool)
-        ids[filled] = torch.arange(first, first + len(pages), dtype=torch.int32, device=filled.device)
+        ids[filled] = torch.arange(first, first + int(count.sum()), dtype=torch.int32, device=filled.device)
         starts = tokens.positions[:, :, :: self.block]
         old = tier.lengths // self.block
         grown = replace(
             tier,
-            pool=torch.cat((tier.pool, pages)),
+            pool=tier._with_pages(tokens, filled, int(count.sum())),
             table=join(tier.table, old, ids, count),
             starts=join(tier.starts, old, starts, count),
             lengths=tier.lengths + tokens.lengths,
         )
         return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
 
+    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int) -> Tensor:
+        """The pool and `count` more pages, which are encoded where they stay."""
+        old, split = len(self.pool), self.layouts[0].nbytes
+        pool = new_pool(old + count, self.pool.shape[1], self.pool.device)
+        pool[:old] = self.pool
+        pages = pool[old:, :split], pool[old:, split:]
+        for codec, x, layout, out in zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, strict=True):
+            blocks = x.unflatten(2, (-1, self.block))
+            blocks = blocks if count == filled.numel() else blocks[filled]
+            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]))
+        return pool
+
     def compacted(self) -> "PackedTier":
         """Without the pages that no row refers to any more (after beam search or a crop)."""
+        if self.whole:
+            return self
         filled = self.filled()
         used = torch.unique(self.table[filled])
         if len(used) == len(self.pool):
-            return self
+            return replace(self, whole=True)
         renumbered = torch.searchsorted(used, self.table.contiguous()).to(torch.int32)
-        return replace(self, pool=self.pool[used.long()], table=torch.where(filled, renumbered, -1))
+        return replace(self, pool=self.pool[used.long()], table=torch.where(filled, renumbered, -1), whole=True)
 
     def filled(self) -> Tensor:
         blocks = np.arange(self.table.shape[2]) * self.block < self.lengths[..., None]
@@ -149,7 +175,7 @@ class PackedTier:
     def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
         """Sequences may repeat: their pages are shared, not copied."""
         table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
-        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()])
+        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()], whole=False)
 
     def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
         """How many tokens of each row lie in blocks that end at or before position `length`."""
@@ -159,14 +185,21 @@ class PackedTier:
     def keep(self, lengths: Lengths) -> "PackedTier":
         """Only the first `lengths` tokens (whole blocks) of each row; the other pages are freed."""
         blocks = int(lengths.max(initial=0)) // self.block
-        cut = replace(self, table=self.table[..., :blocks], starts=self.starts[..., :blocks], lengths=lengths)
-        return cut.compacted()
+        table, starts = self.table[..., :blocks], self.starts[..., :blocks]
+        return replace(self, table=table, starts=starts, lengths=lengths, whole=False).compacted()
 
     @cached_property
     def pages(self) -> Pages:
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
         recipes = self.k.recipe(self.d), self.v.recipe(self.d)
         return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
+
+    @cached_property
+    def part(self) -> Any:
+        """As of a dense tier; None also where a codec folds queries in a way that only its own methods know."""
+        if not (self.k.folds_by_rotation and self.v.folds_by_rotation):
+            return None
+        return pages_part(self.pages, self.k.rotation, self.v.rotation)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
         out, lse = attend_pages(self.k.fold_query(q.float()), self.pages, scale, exact)
@@ -208,7 +241,7 @@ class Tiers:
     def all(self) -> dict[str, DenseTier | PackedTier]:
         return {**self.dense, **self.packed}
 
-    @property
+    @cached_property
     def seen(self) -> Lengths:
         return sum((tier.lengths for tier in self.all().values()), start=np.zeros((), dtype=np.int64))
 
