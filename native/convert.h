@@ -31,7 +31,8 @@ inline void store_numbers(const float* from, Kind kind, int count, uint8_t* to) 
   }
   for (int i = 0; i < count; i += 4) {
     const Quad x = Isa::load<Quad>(from + i);
-    const QuadInts bits = kind == Kind::fp16 ? half_bits(x) : bfloat_bits(x);
+    const QuadInts rounded = kind == Kind::fp16 ? half_bits(x) : bfloat_bits(x);
+    const QuadInts bits = x == x ? rounded : QuadInts{} + 0x7fff;  // saturation would hide a NaN
     for (int k = 0; k < 4; k++) {
       const uint16_t two = uint16_t(bits[k]);
       std::memcpy(to + 2 * (i + k), &two, 2);

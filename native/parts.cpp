@@ -54,7 +54,7 @@ class Step {
     Pool::shared().run(int(tasks.size()), threads_, [&](int i) {
       const auto& [at, piece] = tasks[size_t(i)];
       const Plan& plan = plans_[at];
-      const bool more = piece + threads_ < plan.pieces.data() + plan.pieces.size();
+      const bool more = plan.pieces.data() + plan.pieces.size() - piece > threads_;
       run_piece(plan.attention, kernels_, *piece, more ? piece + threads_ : nullptr, partial(plan, *piece));
     });
     Pool::shared().run(r_.b * r_.h * tiles_, threads_, [&](int i) { join(i / tiles_, i % tiles_); });
@@ -138,6 +138,9 @@ class Step {
     alignas(64) float whole[MAX_HEAD_DIM];
     each_query(start, start + count, [&](int64_t i, int b, int hq, int t) {
       const float lse = join_row(all, int(i - start), whole);
+      float spoilt = 0;  // NaN if the query is not finite: kernels would hide that, a dense cache does not
+      for (int c = 0; c < r_.d; c++) spoilt += queries_[size_t(i) * r_.d + c] * 0;
+      for (int c = 0; c < r_.d; c++) whole[c] += spoilt;
       rows_.store(whole, r_.out.kind, r_.d, r_.out.row(b, hq, t));
       if (r_.lse) r_.lse[i] = lse;
     });

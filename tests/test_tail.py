@@ -149,6 +149,16 @@ def test_nothing_is_stored_of_tokens_that_are_not_finite(value: float, side: int
         assert_same(before, store)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_query_that_is_not_finite_spoils_its_own_output(value: float) -> None:
+    for dtype in native.DTYPES:
+        store, (q, k, v) = filled("terse4", 100, dtype=dtype), drawn(1, dtype=dtype)
+        q[0, 2, 0, 5] = value
+        out = store.step(q, k, v, 0.125)
+        assert out is not None
+        assert torch.isnan(out).all(-1).flatten().tolist() == [head == 2 for head in range(H * G)]
+
+
 def test_what_a_step_leaves_to_others() -> None:
     """No tokens yet, too many of them, a block that becomes due among them, a codec with a fold of its own."""
     token = drawn(1)

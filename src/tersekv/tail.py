@@ -22,8 +22,8 @@ class Tail:
     """
 
     def __init__(self, tiers: Tiers, room: int) -> None:
-        b, h, _, d = tiers.dense["recent"].k.shape
         like = tiers.dense["recent"].k
+        b, h, _, d = like.shape
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             self.k, self.v = (torch.empty(b, h, room, d, dtype=like.dtype, device=like.device) for _ in range(2))
         self.tiers, self.room, self.written, self.lock = tiers, room, 0, Lock()
