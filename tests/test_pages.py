@@ -21,7 +21,7 @@ from tersekv.figures import caption, family_and_label, is_fresh
 from tersekv.pages import FIGURES, ROOT, main, outdated
 from tersekv.spec import codecs
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def fenced(page: str, language: str) -> list[str]:

@@ -20,7 +20,7 @@ from tersekv.tail import ROOM, Tail
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 H, G = 3, 3
 SPECS = ["terse4", "k=rotated:bits=2,seed=7 v=rotated:bits=3 recent=0", "k=lloydmax:bits=4 v=rotated:bits=4",
-         "k=intn:bits=4,axis=channel v=none", "none:dtype=fp32 sink=0"]  # fmt: skip
+         "k=intn:bits=4,axis=channel v=none", "none:dtype=fp32 sink=0", "turboquant:bits=4", "twoaxis:bits=3"]  # fmt: skip
 
 
 def drawn(n: int, d: int = 64, b: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

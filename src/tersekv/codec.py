@@ -21,7 +21,7 @@ class Codec(ABC):
 
     Values live in two domains: the model's, and the *folded* one in which codes are taken. `decode` returns to the
     model's; attention stays in the folded one, because `q . k = fold_query(q) . k_folded` and the output of folded
-    values is brought back once a step by `unfold_output`.
+    values is brought back once a step by `unfold_output`. The folded domain may have more channels than the model's.
     """
 
     side_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # option defaults that differ for "k" and "v"
@@ -57,10 +57,10 @@ class Codec(ABC):
         mine = type(self)
         return mine.fold_query is Codec.fold_query and mine.unfold_output is Codec.unfold_output
 
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead folded"]:
         return q if self.rotation is None else rotate(q, self.rotation)
 
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+    def unfold_output(self, o: Float[Tensor, "*lead folded"]) -> Float[Tensor, "*lead d"]:
         return o if self.rotation is None else unrotate(o, self.rotation)
 
 

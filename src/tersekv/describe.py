@@ -9,6 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tersekv.layout import Layout
+from tersekv.ops import implementation, refusals
+from tersekv.ops.recipe import Recipe
 from tersekv.spec import PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec
 from tersekv.terminal import bytes_text
 
@@ -65,6 +67,17 @@ class Info:
         return {"k": self.spec.k.layout(self.head_dim), "v": self.spec.v.layout(self.head_dim)}
 
     @property
+    def sides(self) -> dict[str, tuple[Layout, Recipe]]:
+        recipes = {"k": self.spec.k.recipe(self.head_dim), "v": self.spec.v.recipe(self.head_dim)}
+        return {side: (layout, recipes[side]) for side, layout in self.layouts.items()}
+
+    @property
+    def attention(self) -> str:
+        """What attends to these pages on a processor, and why nothing faster does."""
+        reasons = refusals(self.sides)
+        return f"reference ({reasons})" if reasons else implementation("cpu")
+
+    @property
     def page_bytes(self) -> int:
         return sum(layout.nbytes for layout in self.layouts.values())
 
@@ -80,6 +93,8 @@ class Info:
             "nominal_bits": {side: layout.nominal_bits for side, layout in self.layouts.items()},
             "bits_per_value": {side: layout.bits_per_value for side, layout in self.layouts.items()},
             "planes": planes,
+            "recipes": {side: recipe.name for side, (_, recipe) in self.sides.items()},
+            "attention": self.attention,
             "model": self.model,
         }
 
@@ -87,7 +102,9 @@ class Info:
         block = self.layouts["k"].block
         head = (
             f"{self.spec} at head dim {self.head_dim}: a page of {block} tokens is {self.page_bytes:,} bytes, "
-            f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})"
+            f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})\n"
+            f"recipes: {', '.join(f'{recipe.name} for {side}' for side, (_, recipe) in self.sides.items())}; "
+            f"attention on a processor by {self.attention}"
         )
         parts = [head, self._planes(), self._picture()]
         return Group(*parts, *([self._cost(self.model)] if self.model else []))
@@ -103,7 +120,12 @@ class Info:
             padding = layout.nbytes - sum(p.nbytes for p in layout.planes)
             table.add_row(side, "padding", "", "", f"{padding:,}", f"{8 * padding / values:.3f}")
             table.add_row(
-                side, "all", "", f"nominal {layout.nominal_bits}", f"{layout.nbytes:,}", f"{layout.bits_per_value:.3f}"
+                side,
+                "all",
+                "",
+                f"nominal {layout.nominal_bits:g}",
+                f"{layout.nbytes:,}",
+                f"{layout.bits_per_value:.3f}",
             )
         return table
 

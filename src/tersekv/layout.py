@@ -17,8 +17,8 @@ BLOCK = 64  # tokens; a power of two, so that a block's channel mean is an exact
 ALIGNMENT = 16  # bytes; one SIMD load, and what `cp.async` moves at once
 
 # How stored elements become numbers. "code" indexes the codec's table; "log8" is 0 or 2^((i - 144) / 12);
-# "int8" is a signed integer times the plane of the same name + "_step".
-KIND_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "log8": 8, "int8": 8}
+# "int8" is a signed integer times the plane of the same name + "_step"; "index" is a channel or a token, 0 to 255.
+KIND_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "log8": 8, "int8": 8, "index": 8}
 
 # An order says which bit of the linear stream each stored bit is: a permutation, so `repack` is exact by construction.
 Order = Callable[["Plane"], np.ndarray]
@@ -113,9 +113,15 @@ class Layout:
         return sum(plane.stride for plane in self.planes)
 
     @property
-    def nominal_bits(self) -> int:
-        """Bits of a code alone: what papers print. See `bits_per_value` for what is held."""
+    def code_bits(self) -> int:
+        """Bits of one element of the plane that kernels read."""
         return next(plane.bits for plane in self.planes if plane.name in ("codes", "values"))
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits of codes alone for each value: what papers print. See `bits_per_value` for what is held."""
+        codes = [plane for plane in self.planes if plane.kind == "code" or plane.name == "values"]
+        return sum(plane.rows * plane.cols * plane.bits for plane in codes) / (self.block * self.d)
 
     @property
     def bits_per_value(self) -> float:
@@ -150,7 +156,7 @@ class Layout:
         if not self.takes(order):
             raise SpecError(
                 f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples "
-                f"of 16, not {self.nominal_bits} bits at {self.d}. Keep the linear order."
+                f"of 16, not {self.nominal_bits:g} bits at {self.d}. Keep the linear order."
             )
         planes = (replace(p, order=order) if p.kind == "code" else p for p in self.planes)
         return replace(self, planes=tuple(planes))

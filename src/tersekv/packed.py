@@ -1,7 +1,7 @@
 """Packed blocks as torch bytes, and the exact change of their storage order."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +31,14 @@ class Packed:
     def plane(self, name: str) -> UInt8[Tensor, "*lead _"]:
         """The stored bytes of one plane."""
         return self.data[..., self.layout.span(name)]
+
+    def part(self, prefix: str, d: int | None = None) -> "Packed":
+        """The planes whose names begin with `prefix`, named without it, as blocks of head dim `d`."""
+        if not prefix:
+            return self
+        names = {p.name.removeprefix(prefix): p for p in self.layout.planes if p.name.startswith(prefix)}
+        layout = Layout(d or self.layout.d, tuple(replace(plane, name=name) for name, plane in names.items()))
+        return Packed.assemble(layout, {name: self.plane(plane.name) for name, plane in names.items()})
 
     @property
     def nbytes(self) -> int:

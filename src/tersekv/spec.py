@@ -21,9 +21,18 @@ from tersekv.policy.window import Window
 # One line a method. Other packages add theirs through the entry-point group "tersekv.codecs".
 CODECS = {
     "none": "tersekv.codecs.none:NoneCodec",
+    "direction": "tersekv.codecs.direction:Direction",
     "intn": "tersekv.codecs.intn:IntN",
+    "kivi": "tersekv.codecs.kivi:Kivi",
+    "kvquant": "tersekv.codecs.kvquant:KVQuant",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
+    "outliers": "tersekv.codecs.outliers:Outliers",
+    "polar": "tersekv.codecs.polar:Polar",
+    "qjl": "tersekv.codecs.qjl:QJL",
     "rotated": "tersekv.codecs.rotated:Rotated",
+    "trellis": "tersekv.codecs.trellis:TrellisCodec",
+    "turboquant": "tersekv.codecs.turboquant:TurboQuant",
+    "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
 }
 
 PRESETS = {

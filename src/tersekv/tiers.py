@@ -24,7 +24,7 @@ from tersekv.ops import (
     dense_part,
     encode,
     new_pool,
-    ordered,
+    page_layouts,
     pages_part,
     repack,
 )
@@ -88,8 +88,7 @@ class DenseTier:
 
 @lru_cache
 def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
-    sides = (("k", k), ("v", v))
-    keys, values = (ordered(codec.layout(d), codec.recipe(d), side, device) for side, codec in sides)
+    keys, values = page_layouts({"k": (k.layout(d), k.recipe(d)), "v": (v.layout(d), v.recipe(d))}, device)
     return keys, values
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
+from tersekv.describe import Info
 from tersekv.errors import InputError, did_you_mean
 from tersekv.eval.logits import Arm, arms, compare
 from tersekv.hf.cost import head_dim
@@ -71,13 +72,16 @@ def run(settings: Run, stages: Stages) -> dict[str, Any]:
     return manifest | {"rows": [_body(arm, d) | arm.summary() for arm in chosen]}
 
 
-def _body(arm: Arm, d: int) -> dict[str, float]:
-    """Bits a value of the packed tokens alone: nominal, and with all scales, zeros, means and padding."""
+def _body(arm: Arm, d: int) -> dict[str, Any]:
+    """Of packed tokens alone: nominal bits a value, bits with all scales, zeros, means and padding; what reads them."""
     if arm.spec is None:
         return {"nominal_bits": 16.0, "body_bits": 16.0}
-    layouts = arm.spec.k.layout(d), arm.spec.v.layout(d)
-    nominal, body = (sum(getattr(x, name) for x in layouts) / 2 for name in ("nominal_bits", "bits_per_value"))
-    return {"nominal_bits": nominal, "body_bits": body}
+    info = Info(arm.spec, d)
+    nominal, body = (
+        sum(getattr(x, name) for x in info.layouts.values()) / 2 for name in ("nominal_bits", "bits_per_value")
+    )
+    recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
+    return {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
 
 
 def _read_text(path: str) -> str:
@@ -118,6 +122,18 @@ class Result:
         return table
 
 
+def methods_table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of a record with the recipe and whether the kernels read it."""
+    table = Table("spec", *(Column(name, justify="right") for name in METHOD_COLUMNS), "recipe", "kernels")
+    for row in rows:
+        known = "recipe" in row
+        readers = ("reference" if row["attention"].startswith("reference") else "native") if known else "torch"
+        picked = [cells(row)[("spec", *COLUMNS[1:]).index(name)] for name in ("spec", *METHOD_COLUMNS)]
+        table.add_row(*picked, row.get("recipe", "-"), readers)
+    return table
+
+
+METHOD_COLUMNS = ("nominal", "body", "held", "ratio", "KL", "top-1")
 COLUMNS = ("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity")
 
 

@@ -1,6 +1,6 @@
 """Operations that have more than one implementation, and which of them runs where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,9 @@ __all__ = [
     "merge",
     "new_pool",
     "ordered",
+    "page_layouts",
     "pages_part",
+    "refusals",
     "repack",
     "rotate",
     "step",
@@ -72,6 +74,22 @@ def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and native.missing() is None:
         return native.new_pool(pages, nbytes)
     return torch.empty(pages, nbytes, dtype=torch.uint8, device=device)
+
+
+def page_layouts(sides: Mapping[str, tuple[Layout, Recipe]], device: torch.device) -> tuple[Layout, ...]:
+    """The layouts of the sides "k" and "v", ordered for the kernels on a device; linear if these cannot read both.
+
+    For whatever attends to a page reads both its sides.
+    """
+    if refusals(sides):
+        return tuple(layout for layout, _ in sides.values())
+    return tuple(ordered(layout, recipe, side, device) for side, (layout, recipe) in sides.items())
+
+
+def refusals(sides: Mapping[str, tuple[Layout, Recipe]]) -> str:
+    """Why the native kernels cannot read pages of these sides; empty if they can."""
+    names = {"k": "keys", "v": "values"}
+    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := native.refusal(*given)))
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:
@@ -149,6 +167,5 @@ def implementation_of(pages: Pages) -> str:
     """What attends to these pages: the reference names why nothing faster does."""
     if native.reads(pages):
         return implementation("cpu")
-    sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
-    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := native.refusal(layout, recipe))]
-    return f"reference ({'; '.join(reasons)})" if reasons else "reference"
+    reasons = refusals({"k": (pages.k_layout, pages.k_recipe), "v": (pages.v_layout, pages.v_recipe)})
+    return f"reference ({reasons})" if reasons else "reference"

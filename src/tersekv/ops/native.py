@@ -11,7 +11,7 @@ from torch._C import _to_dlpack as array  # ten times quicker than nanobind's ow
 from tersekv.errors import InputError
 from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Dense, Recipe
+from tersekv.ops.recipe import Dense, Grid, Recipe
 
 if find_spec("tersekv._native") is None:  # installed without a compiler
     _native: Any = None
@@ -45,10 +45,12 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):
         return None
+    if recipe.name != "grid":
+        return f"recipe {recipe.name}: they read dense and grid."
     if not layout.takes("simd_k"):
-        return (
-            f"{layout.nominal_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
-        )
+        return f"{layout.code_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
+    if layout.plane("codes").cols != layout.d:
+        return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
         whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
         if plane.name in ("scale", "zero", "channel_scale", "channel_zero") and (plane.rows, plane.cols) != whole:
@@ -79,8 +81,9 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(recipe, Dense):
         return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
+    assert isinstance(recipe, Grid)  # for the type checker: `refusal` let it through
     codes = layout.offsets["codes"]
-    return _native.Side(layout.nominal_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
+    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:

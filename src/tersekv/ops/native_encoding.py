@@ -52,7 +52,7 @@ def _encoder(encoder: Encoder, layout: Layout) -> Any:
 
 
 def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
-    return layout.d, layout.nominal_bits, layout.order, layout.offsets["codes"], layout.nbytes
+    return layout.d, layout.code_bits, layout.order, layout.offsets["codes"], layout.nbytes
 
 
 def repacks(packed: Packed) -> bool:

@@ -12,7 +12,7 @@ from tersekv.packed import Packed
 
 TILE_VALUES = 2**22  # decoded at a time (16 MiB for each of K and V), so no call holds a dense copy of a history
 
-Partial = tuple[Float[Tensor, "b hq n d"], Float[Tensor, "b hq n"]]
+Partial = tuple[Float[Tensor, "b hq n e"], Float[Tensor, "b hq n"]]
 
 
 @dataclass(frozen=True)
