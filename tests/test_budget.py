@@ -9,7 +9,7 @@ from tersekv.terminal import to_text
 
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
-BUDGET = {".": 3060, "bench": 1450, "codecs": 1090, "eval": 320, "hf": 650, "models": 600, "ops": 1130, "policy": 100}
+BUDGET = {".": 3080, "bench": 1450, "codecs": 1090, "eval": 320, "hf": 650, "models": 600, "ops": 1060, "policy": 100}
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9
 
 
