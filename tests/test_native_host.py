@@ -35,6 +35,7 @@ def reference_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("attend_pages", "attend_dense", "attend_causal", "merge"):
         monkeypatch.setattr(ops.reference, name, refuse)
+    monkeypatch.setattr(Store, "extend", refuse)  # a step is one native call
 
 
 @needs_native

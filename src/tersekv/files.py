@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, CacheFileError
-from tersekv.tiers import DenseTier, Evicted, Tiers
+from tersekv.tiers import Evicted, Tiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,7 +107,7 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
         planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
         if isinstance(tier, DenseTier):
             return DenseTier(**planes, lengths=lengths)
-        return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths)
+        return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths, whole=False)
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}

@@ -20,8 +20,6 @@ from torch import Tensor
 from tersekv.codec import Codec, check_bits
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane
-from tersekv.ops import rotate as fast_rotate
-from tersekv.ops import unrotate
 from tersekv.ops.planes import from_bytes, pack_codes, to_bytes, unpack_codes
 from tersekv.ops.recipe import Recipe
 from tersekv.ops.sums import root
@@ -79,6 +77,10 @@ class Polar(Codec):
     def level_bits(self) -> tuple[int, ...]:
         return (self.bits, *(LEVELS - 1) * (self.bits - 2,))
 
+    @property
+    def rotation(self) -> int:
+        return self.seed
+
     def layout(self, d: int) -> Layout:
         if d % GROUP:
             raise SpecError(f"head_dim {d}: polar needs a multiple of {GROUP}. Use rotated, which takes it.")
@@ -98,12 +100,6 @@ class Polar(Codec):
             )
             y = root(a * a + b * b)
         return Packed.assemble(self.layout(x.shape[-1]), planes | {"scale": to_bytes(y, "fp16")})
-
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_rotate(q, self.seed)
-
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return unrotate(o, self.seed)
 
 
 def _upper(a: Tensor, b: Tensor, level: int, bits: int) -> Tensor:

@@ -22,8 +22,6 @@ from torch import Tensor
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
-from tersekv.ops import rotate as fast_rotate
-from tersekv.ops import unrotate as fast_unrotate
 from tersekv.ops.encoders import TableEncoder
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
@@ -50,6 +48,10 @@ class Rotated(Codec):
         check_choice("mean", self.mean, ("block", "none"))
         check_choice("scale", self.scale, ("unbiased", "norm"))
         check_choice("scale_kind", self.scale_kind, ("log8", "fp16"))
+
+    @property
+    def rotation(self) -> int:
+        return self.seed
 
     def layout(self, d: int) -> Layout:
         planes = [*codes_and_scale(d, self.bits, self.scale_kind)]
@@ -93,12 +95,6 @@ class Rotated(Codec):
             return root(energy) * np.float32(y.shape[-1] ** -0.5).item()
         along = channel_sum(y * centroids)  # positive unless y is zero: every code has its value's sign
         return torch.where(along > 0, energy / along, 0)
-
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_rotate(q, self.seed)
-
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_unrotate(o, self.seed)
 
 
 def _eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:

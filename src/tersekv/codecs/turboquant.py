@@ -43,6 +43,14 @@ class TurboQuant(Codec):
         bits = self.bits - 1 if self.form == "prod" else self.bits
         return Rotated(bits, mean="none", scale="norm", scale_kind="fp16", seed=self.seed)
 
+    @property
+    def rotation(self) -> int:
+        return self.seed
+
+    @property
+    def folds_by_rotation(self) -> bool:
+        return self.form == "mse"
+
     def layout(self, d: int) -> Layout:
         nearest = self.nearest.layout(d)
         sketched = (Plane("sketch_codes", BLOCK, d, 1), Plane("sketch_scale", BLOCK, 1, 16, "fp16"))

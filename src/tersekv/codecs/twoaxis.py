@@ -18,8 +18,6 @@ from tersekv.codec import Codec, check_bits
 from tersekv.codecs.intn import IntN
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane
-from tersekv.ops import rotate as fast_rotate
-from tersekv.ops import unrotate
 from tersekv.ops.planes import stored, to_bytes
 from tersekv.ops.recipe import Grid
 from tersekv.ops.sums import channel_sum, root, token_sum, unit_scale
@@ -45,6 +43,10 @@ class TwoAxis(Codec):
         """What rounds a token whose channels have equal variance."""
         return IntN(self.bits)
 
+    @property
+    def rotation(self) -> int:
+        return self.seed
+
     def layout(self, d: int) -> Layout:
         return Layout(d, (*self.tokens.layout(d).planes, Plane("channel_scale", 1, d, 16, "fp16")))
 
@@ -66,12 +68,6 @@ class TwoAxis(Codec):
             even = y * unit_scale(root(channel_sum(even * even)), y.shape[-1])[..., None]
             factor = root(token_sum(even * even) * (1 / BLOCK))
         return factor
-
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_rotate(q, self.seed)
-
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return unrotate(o, self.seed)
 
 
 def _inverse(factor: Tensor) -> Tensor:

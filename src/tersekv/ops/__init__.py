@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops import attention as reference
 from tersekv.ops import cuda, native
-from tersekv.ops.encoding import encode, repack, rotate, unrotate
+from tersekv.ops.encoding import encode, repack, rotate, rotation_signs, unrotate
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Recipe
 
@@ -21,28 +24,50 @@ __all__ = [
     "attend_causal",
     "attend_dense",
     "attend_pages",
+    "dense_part",
     "encode",
     "explain",
+    "few_on_processor",
     "implementation",
     "implementation_of",
     "merge",
     "new_pool",
     "ordered",
     "page_layouts",
+    "pages_part",
     "refusals",
     "repack",
     "rotate",
+    "step",
+    "tail",
     "unrotate",
 ]
 
 FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's matrix products
 KERNELS = {"cpu": native, "cuda": cuda}  # by the type of device
 attend_alone = reference.attend_alone
+step, tail = native.step, native.tail
 
 
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
     """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
     return layout.ordered(KERNELS[device.type].order(layout, recipe, side)) if device.type in KERNELS else layout
+
+
+def dense_part(k: Tensor, v: Tensor, lengths: Int[np.ndarray, "b h"]) -> Any:
+    """Dense tokens as `step` takes them; None if it cannot."""
+    fits = native.missing() is None and k.device.type == "cpu" and k.dtype in native.DTYPES
+    return native.dense_part(k, v, lengths) if fits else None
+
+
+def pages_part(pages: Pages, k_rotation: int | None, v_rotation: int | None) -> Any:
+    """Pages as `step` takes them, with the seeds of the rotations into the domain of their codes; or None."""
+    d = pages.k_layout.d
+    seeds = [seed for seed in (k_rotation, v_rotation) if seed is not None]
+    if not native.reads(pages) or (seeds and d % 16):
+        return None
+    signs = [None if seed is None else rotation_signs(d, seed, pages.pool.device) for seed in (k_rotation, v_rotation)]
+    return native.pages_part(pages, *signs)
 
 
 def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
@@ -84,7 +109,7 @@ def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Partial:
     """Attention over the first `lengths` tokens (b, h) of dense keys and values."""
-    if _native_runs(q):
+    if few_on_processor(q):
         return native.attend_dense(q, k, v, lengths, scale, torch.zeros(len(q), dtype=torch.int64), False)
     if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
         return cuda.attend_dense(q, k, v, _counted(lengths, k.shape[2]), scale, None, False)
@@ -93,7 +118,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float)
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float) -> Partial:
     """Attention of new tokens among themselves; the first `padding` (b) of each sequence are seen by nobody."""
-    if _native_runs(q):
+    if few_on_processor(q):
         lengths = torch.full(k.shape[:2], k.shape[2], dtype=torch.int64)
         return native.attend_dense(q, k, v, lengths, scale, padding, True)
     if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
@@ -114,9 +139,10 @@ def _counted(counts: Tensor, usual: int) -> Tensor | None:
     return None if counts.device.type == "cpu" and bool((counts == usual).all()) else counts
 
 
-def _native_runs(q: Tensor) -> bool:
+def few_on_processor(q: Tensor) -> bool:
+    """Whether native code attends from these queries to dense tokens."""
     fits = q.shape[2] <= FEW_QUERIES and q.shape[3] <= native.MAX_HEAD_DIM and q.shape[3] % 8 == 0
-    return fits and native.missing() is None and q.device.type == "cpu"
+    return fits and native.missing() is None and q.device.type == "cpu" and q.dtype in native.DTYPES
 
 
 @dataclass(frozen=True)

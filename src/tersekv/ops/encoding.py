@@ -48,14 +48,14 @@ def repack(packed: Packed, order: str) -> Packed:
 def rotate(x: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.rotate`, bit for bit."""
     if kernels := _rotating(x):
-        return kernels.rotate(x, _signs(x.shape[-1], seed, x.device), back=False)
+        return kernels.rotate(x, rotation_signs(x.shape[-1], seed, x.device), back=False)
     return rotation.rotate(x, seed)
 
 
 def unrotate(y: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.unrotate`, bit for bit."""
     if kernels := _rotating(y):
-        return kernels.rotate(y, _signs(y.shape[-1], seed, y.device), back=True)
+        return kernels.rotate(y, rotation_signs(y.shape[-1], seed, y.device), back=True)
     return rotation.unrotate(y, seed)
 
 
@@ -64,5 +64,5 @@ def _rotating(x: Tensor) -> ModuleType | None:
 
 
 @lru_cache
-def _signs(d: int, seed: int, device: torch.device) -> Tensor:
+def rotation_signs(d: int, seed: int, device: torch.device) -> Tensor:
     return torch.from_numpy(rotation.signs(d, seed)).to(device)

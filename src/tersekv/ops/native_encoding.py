@@ -15,9 +15,6 @@ from tersekv.ops.planes import log8_edges
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
 ORDERS = ("linear", *native.ORDERS.values())  # that C++ knows
 
 
@@ -28,7 +25,7 @@ def _fits(d: int) -> bool:
 def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
     """Whether `encode` can run: values in memory, and planes such as the kernels read."""
     whole = layout.block == BLOCK and _fits(layout.d) and native.refusal(layout, recipe) is None
-    return whole and layout.order in ORDERS and x.device.type == "cpu" and x.dtype in DTYPES
+    return whole and layout.order in ORDERS and x.device.type == "cpu" and x.dtype in native.DTYPES
 
 
 def encode(

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.codec import Codec
-from tersekv.tiers import DenseTier, Tiers
+from tersekv.dense_tier import DenseTier
+from tersekv.tiers import Tiers
 
 Asked = tuple[Float[Tensor, "b hq n d"], float]  # queries of new tokens, and the softmax scale
 

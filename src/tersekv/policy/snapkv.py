@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from tersekv.dense_tier import DenseTier
 from tersekv.errors import InputError, SpecError
 from tersekv.policy.base import Asked
 from tersekv.policy.window import Window
-from tersekv.tiers import DenseTier, Tiers
+from tersekv.tiers import Tiers
 
 
 @dataclass(frozen=True)

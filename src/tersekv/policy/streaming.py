@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tersekv.dense_tier import DenseTier
 from tersekv.errors import SpecError
 from tersekv.policy.base import Asked
 from tersekv.policy.window import Window
-from tersekv.tiers import DenseTier, Tiers
+from tersekv.tiers import Tiers
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Int
 
 from tersekv.codec import Codec
+from tersekv.dense_tier import DenseTier
 from tersekv.errors import InputError, SpecError
+from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Asked, Policy
-from tersekv.tiers import DenseTier, Evicted, PackedTier, Tiers
+from tersekv.tiers import Evicted, Tiers
 
 
 @dataclass(frozen=True)
