@@ -4,17 +4,9 @@
 #include <cstring>
 #include <memory>
 
-#include "pool.h"
-
 namespace tersekv {
 
 namespace {
-
-struct Piece {
-  int head, first_row, rows, part, parts;
-  int64_t first, last;  // tokens
-  size_t at;            // of its partial result, in rows
-};
 
 // Tokens of one job: jobs enough for many threads, and the same ones for any number of them and beside any other
 // sequence. A job costs about as much to begin as 30 tokens.
@@ -23,6 +15,17 @@ int64_t split(int64_t length) {
   const int64_t share = (length / MOST_PARTS + STEP - 1) / STEP * STEP;
   return share > LEAST ? share : LEAST;
 }
+
+Scratch& scratch() {
+  thread_local std::unique_ptr<Scratch> mine(new Scratch);
+#ifdef TERSEKV_POISON
+  std::memset(static_cast<void*>(mine.get()), 0xff, sizeof(Scratch));
+#endif
+  mine->log8 = log8_values();
+  return *mine;
+}
+
+}  // namespace
 
 std::vector<Piece> cut(const Attention& a) {
   std::vector<Piece> pieces;
@@ -41,16 +44,6 @@ std::vector<Piece> cut(const Attention& a) {
   return pieces;
 }
 
-Scratch& scratch() {
-  thread_local std::unique_ptr<Scratch> mine(new Scratch);
-#ifdef TERSEKV_POISON
-  std::memset(static_cast<void*>(mine.get()), 0xff, sizeof(Scratch));
-#endif
-  mine->log8 = log8_values();
-  return *mine;
-}
-
-// `next`: what the same thread is likely to do afterwards, or null.
 void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, const Piece* next, float* partial) {
   Job job{a.k, a.v, a.tokens[p.head], a.q + (int64_t(p.head) * a.rows + p.first_row) * a.d, p.rows, a.d, a.n,
           p.first_row, a.scale, a.exact};
@@ -68,38 +61,6 @@ void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, const
     for (int c = 0; c < a.d; c++) out[c] *= inverse;
     partial[int64_t(p.rows) * a.d + r] = sum[r] > 0 ? (max[r] + std::log2(sum[r])) * 0.69314718f : -INFINITY;
   }
-}
-
-void join(const Attention& a, const Piece* pieces, float* partials) {
-  const Piece& p = *pieces;
-  std::vector<float*> outs, lses;
-  for (int i = 0; i < p.parts; i++) {
-    float* partial = partials + pieces[i].at * (a.d + 1);
-    outs.push_back(partial), lses.push_back(partial + int64_t(p.rows) * a.d);
-  }
-  merge(outs.data(), lses.data(), p.parts, p.rows, a.d);
-  const int64_t row = int64_t(p.head) * a.rows + p.first_row;
-  std::memcpy(a.out + row * a.d, outs[0], sizeof(float) * p.rows * a.d);
-  std::memcpy(a.lse + row, lses[0], sizeof(float) * p.rows);
-}
-
-}  // namespace
-
-void attend(const Attention& a, const Kernels& kernels, int threads) {
-  const std::vector<Piece> pieces = cut(a);
-  if (pieces.empty()) return;
-  const size_t rows = pieces.back().at + pieces.back().rows;
-  std::unique_ptr<float[]> partials(new float[rows * (a.d + 1)]);
-  Pool& pool = Pool::shared();
-  pool.run(int(pieces.size()), threads, [&](int i) {
-    const Piece* next = size_t(i + threads) < pieces.size() ? &pieces[i + threads] : nullptr;
-    run_piece(a, kernels, pieces[i], next, partials.get() + pieces[i].at * (a.d + 1));
-  });
-  std::vector<const Piece*> firsts;
-  for (const Piece& piece : pieces)
-    if (piece.part == 0) firsts.push_back(&piece);
-  const int workers = rows * a.d > 1 << 16 ? threads : 1;
-  pool.run(int(firsts.size()), workers, [&](int i) { join(a, firsts[i], partials.get()); });
 }
 
 void merge(float* const* outs, float* const* lses, int count, int64_t rows, int d) {

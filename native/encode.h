@@ -60,6 +60,9 @@ struct EncodeKernels {
   void (*repack)(int bits, int d, Order from, Order to, const uint8_t* codes, EncodeScratch&, uint8_t* out);
   // One row: y = H (x * before) * after, H orthonormal; either factor may be null.
   void (*rotate)(const float* x, int d, const float* before, const float* after, float* y);
+  // Rows in fp32, fp16 or bf16 as floats, and back.
+  void (*load)(const uint8_t* from, Kind kind, int count, float* to);
+  void (*store)(const float* from, Kind kind, int count, uint8_t* to);
 };
 
 const EncodeKernels& encode_kernels(const std::string& isa);

@@ -3,6 +3,7 @@
 
 #include TERSEKV_ISA_HEADER
 
+#include "convert.h"
 #include "table.h"
 #include "uniform.h"
 
@@ -41,6 +42,6 @@ void repack(int bits, int d, Order from, Order to, const uint8_t* codes, EncodeS
 
 }  // namespace
 
-extern const EncodeKernels encode_kernels = {encode, repack, rotate_row};
+extern const EncodeKernels encode_kernels = {encode, repack, rotate_row, load_numbers, store_numbers};
 
 }  // namespace tersekv::TERSEKV_ISA

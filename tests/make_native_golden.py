@@ -38,7 +38,7 @@ def put(file: BinaryIO, x: Any, dtype: type | str) -> None:
 
 def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid, start: int) -> None:
     planes = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
-    bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.nominal_bits, layout.offsets["codes"])
+    bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.code_bits, layout.offsets["codes"])
     put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes)], np.int32)
     for plane in planes:
         put(file, plane.name, "")

@@ -1,7 +1,7 @@
 """Pages of random codes for every form of the recipes, what attention over them is, and how far kernels may be off.
 
 No codec has all planes at once, so sides are made here: text such as "3 normal scale:log8 channel_zero:int8", or
-"dense fp16".
+"dense fp16". A plus sign, "scale:+fp16": no negative ones.
 """
 
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ class Side:
 
 
 def _plane(text: str, d: int) -> Plane:
-    name, kind = text.split(":")
+    name, kind = text.replace("+", "").split(":")
     rows, cols = (1, d) if name.startswith("channel") else (BLOCK, 1)
     return Plane(name, rows, cols, KIND_BITS[kind], kind)
 
 
-def _content(plane: Plane, pages: int) -> Tensor:
+def _content(plane: Plane, pages: int, positive: bool) -> Tensor:
     shape = (pages, plane.rows * plane.cols)
     if plane.kind == "code":
         return torch.randint(0, 256, (pages, plane.nbytes), dtype=torch.uint8)
@@ -62,7 +62,7 @@ def _content(plane: Plane, pages: int) -> Tensor:
     if plane.kind == "int8":
         return torch.randint(0, 256, shape, dtype=torch.uint8)
     if plane.name.endswith("scale"):
-        sign = torch.ones(shape) if plane.kind == "log8" else torch.randn(shape).sign()
+        sign = torch.ones(shape) if plane.kind == "log8" or positive else torch.randn(shape).sign()
         return to_bytes((torch.rand(shape) + 0.5) * sign, plane.kind)
     return to_bytes(torch.randn(shape) / 2, plane.kind)
 
@@ -83,7 +83,7 @@ def make_side(text: str, d: int, pages: int) -> Side:
         planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
         recipe = _recipe(form, int(first))
     layout = Layout(d, tuple(planes))
-    return Side(Packed.assemble(layout, {p.name: _content(p, pages) for p in planes}), recipe)
+    return Side(Packed.assemble(layout, {p.name: _content(p, pages, f"{p.name}:+" in text) for p in planes}), recipe)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,15 @@ def make_case(k: str, v: str, d: int, g: int, n: int, lengths: list[list[int]]) 
         pools.append(Pages(pool, table, count, *layouts, *(s.recipe for s in sides)))
     b, h = count.shape
     return Case(*sides, torch.randn(b, h * g, n, d), *pools, d**-0.5)
+
+
+def mma_pages(case: Case, device: str) -> Pages:
+    """The pages of a case in the orders of the CUDA kernels."""
+    linear, split = case.linear, case.linear.k_layout.nbytes
+    sides = ((linear.k_layout, linear.pool[:, :split], "mma_k"), (linear.v_layout, linear.pool[:, split:], "mma_v"))
+    stored = [repack(Packed(layout, data), order) for layout, data, order in sides]
+    moved = (x.to(device) for x in (torch.cat([p.data for p in stored], -1), linear.table, linear.lengths))
+    return Pages(*moved, *(p.layout for p in stored), linear.k_recipe, linear.v_recipe)
 
 
 def _poison(packed: Packed, left: Tensor) -> None:

@@ -173,7 +173,6 @@ def test_a_run_file_that_makes_no_sense_is_refused(tmp_path: Path, text: str, sa
     [
         ({"threads": 0}, "at least 1"),
         ({"isas": ["avx1024"]}, "Allowed: "),
-        ({"device": "cuda"}, "Allowed: cpu"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:

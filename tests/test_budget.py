@@ -10,15 +10,16 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 2950,
-    "bench": 1480,
-    "codecs": 320,
+    ".": 3300,
+    "bench": 1880,
+    "codecs": 1090,
     "eval": 1320,
-    "hf": 720,
+    "hf": 820,
     "models": 600,
-    "ops": 900,
-    "policy": 100,
-    "reports": 620,
+    "ops": 1260,
+    "ops/cuda": 780,
+    "policy": 250,
+    "reports": 660,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_model import save_tiny_model
 
 from tersekv.cli import main
-from tersekv.spec import PRESETS, codecs, parse
+from tersekv.spec import POLICIES, PRESETS, codecs, parse
 
 HELP = Path(__file__).parent / "help"
 VERBS = {
@@ -89,10 +89,11 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_list_names_every_codec_and_preset(said: Any) -> None:
     status, shown, _ = said("list")
     assert status == 0
-    assert all(name in shown for name in (*codecs(), *PRESETS))
+    assert all(name in shown for name in (*codecs(), *POLICIES, *PRESETS))
     status, text, _ = said("list", "--json")
     listed = json.loads(text)
     assert {row["name"] for row in listed["codecs"]} == set(codecs())
+    assert [row["name"] for row in listed["policies"]] == list(POLICIES)
     assert listed["presets"] == PRESETS
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from tersekv import ops, rotation
 from tersekv.codec import Codec
 from tersekv.errors import InputError, SpecError
-from tersekv.layout import BLOCK, ORDERS, Layout
+from tersekv.layout import BLOCK, Layout
 from tersekv.ops import native, native_encoding
+from tersekv.ops.native_encoding import ORDERS
 from tersekv.packed import Packed, repack
 from tersekv.spec import parse, parse_codec
 from tersekv.store import Store
@@ -161,7 +162,7 @@ def test_repack_is_the_permutation(d: int, bits: int) -> None:
     data = torch.randint(0, 256, (1, 2, plain.nbytes + 5), dtype=torch.uint8)[..., 5:]
     for source in ORDERS:
         packed = Packed(plain.ordered(source), data)
-        assert native_encoding.repacks(packed)
+        assert native_encoding.repacks(packed, "simd_v")
         for target in ORDERS:
             want = repack(packed, target)
             spans = [want.layout.span(plane.name) for plane in want.layout.planes]
@@ -173,7 +174,7 @@ def test_repack_is_the_permutation(d: int, bits: int) -> None:
 
 def test_repack_of_what_native_code_does_not_take() -> None:
     packed = parse_codec("lloydmax:bits=5", "v").encode(sample(64))
-    assert not native_encoding.repacks(packed)
+    assert not native_encoding.repacks(packed, "simd_k")
     assert ops.repack(packed, "linear") is packed
     with pytest.raises(SpecError):
         ops.repack(packed, "simd_k")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import tersekv
 from tersekv import ops
+from tersekv.describe import Info
 from tersekv.ops import native
 from tersekv.spec import parse
 from tersekv.store import Store
@@ -34,6 +35,7 @@ def reference_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("attend_pages", "attend_dense", "attend_causal", "merge"):
         monkeypatch.setattr(ops.reference, name, refuse)
+    monkeypatch.setattr(Store, "extend", refuse)  # a step is one native call
 
 
 @needs_native
@@ -67,6 +69,40 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
             forward(llama, cache := tersekv.cache(llama, spec), ids)
         assert cache.report().implementation.startswith(said)
         assert f"attention by {said}" in " ".join(str(cache.report()).split())
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("direction", "recipe grid, channels first: they read dense and grid"),
+        ("direction:codebook=shared", ""),
+        ("turboquant", ""),
+        ("turboquant:form=prod", "recipe grid + grid"),
+        ("outliers", "recipe split"),
+        ("polar", "recipe polar"),
+        ("qjl:bits=1", ""),
+        ("qjl", "128 codes a token: they read one for each of the 64 channels"),
+        ("twoaxis", ""),
+        ("trellis", "recipe trellis"),
+        ("kvquant", "recipe grid with outliers"),
+        ("kvquant:outliers=0", ""),
+        ("kivi", "plane channel_scale is in groups"),
+        ("k=kivi:group=64 v=kivi:group=64", ""),
+        ("k=intn:bits=5 v=rotated:bits=4", "keys: 5 bits"),
+        ("k=rotated:bits=4 v=intn:bits=4,group=16", "values: plane scale is in groups"),
+    ],
+)
+def test_what_the_kernels_read_is_what_the_pages_of_the_methods_say(spec: str, why: str) -> None:
+    said = Info(parse(spec), 64).attention
+    assert why in said if why else said == ops.implementation("cpu")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 200, 64) for h in (4, 2, 2))
+    outputs = []
+    for route in ("exact", "decoded"):
+        store, none = Store(parse(spec), 1, 2, 64, torch.float32, torch.device("cpu")), np.zeros(1, dtype=np.int64)
+        store.append(k, v, none)
+        outputs.append(store.extend(q[:, :, :1], k[:, :, :1], v[:, :, :1], none, 0.125, route))
+    assert (outputs[0] - outputs[1]).abs().max() <= 256 * torch.finfo(torch.float32).eps * v.abs().max()
 
 
 def test_a_head_dim_beyond_the_kernels_scratch_runs_on_the_reference() -> None:

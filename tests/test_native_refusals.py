@@ -76,7 +76,7 @@ def wrong_pages(pages: Pages) -> dict[str, tuple[dict[str, Tensor], str]]:
     return {
         "table of int64": ({"table": table.long()}, r"table \(2, 2, 4\) torch.int64.*table \(b, h, blocks\) int32"),
         "table without heads": ({"table": table[0]}, r"table \(2, 4\) torch.int32.*table \(b, h, blocks\) int32"),
-        "table of another batch": ({"table": table[:1]}, "Queries of 2 sequences, keys of 1"),
+        "table of another batch": ({"table": table[:1], "lengths": lengths[:1]}, "Queries of 2 sequences, keys of 1"),
         "lengths of int32": ({"lengths": lengths.int()}, r"lengths \(2, 2\) torch.int32.*lengths \(b, h\) int64"),
         "lengths of another head": ({"lengths": lengths[:, :1]}, r"lengths \(2, 1\) must be \(b, h\)"),
         "pool of int8": ({"pool": pool.view(torch.int8)}, r"torch.int8.*pool \(pages, bytes\) uint8"),
@@ -107,7 +107,7 @@ def test_pages_that_lie_apart_are_read_where_they_are(case: Case) -> None:
 @pytest.mark.parametrize(
     ("q", "message"),
     [
-        (torch.randn(2, 4, 1, 128), "Queries of head_dim 128, keys of 64, values of 64"),
+        (torch.randn(2, 4, 1, 128), "Queries of head_dim 128, keys of 64. Both must be the same"),
         (torch.randn(2, 3, 1, 64), "3 query heads over 2 KV heads"),
         (torch.randn(3, 4, 1, 64), "Queries of 3 sequences, keys of 2"),
         (torch.randn(4, 1, 64), r"q \(4, 1, 64\).*q \(b, hq, n, d\)"),
@@ -138,7 +138,7 @@ KEYS, COUNT, PADS = torch.randn(2, 2, 5, 64), torch.full((2, 2), 5), torch.zeros
         ({"k": KEYS[:, :, :4]}, r"Keys \(2, 2, 4, 64\), values \(2, 2, 5, 64\). Both must have one shape"),
         ({"k": KEYS.double()}, "another type. Allowed: fp32, fp16 and bf16"),
         ({"k": KEYS.mT.contiguous().mT}, "lie 5 elements apart. They must be contiguous"),
-        ({"k": KEYS[..., :32], "v": KEYS[..., :32]}, "Keys of head_dim 32, queries of 64"),
+        ({"k": KEYS[..., :32], "v": KEYS[..., :32]}, "Queries of head_dim 64, keys of 32. Both must be the same"),
         ({"causal": True, "lengths": COUNT - 4}, "length 1 with 2 causal queries"),
         ({"q": torch.randn(2, 4, 2, 60)}, "head_dim 60. Allowed: a multiple of 8 up to 512"),
     ],

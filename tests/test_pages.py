@@ -22,7 +22,7 @@ from tersekv.reports.captions import caption
 from tersekv.reports.figures import family_and_label, is_fresh
 from tersekv.spec import codecs
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def fenced(page: str, language: str) -> list[str]:

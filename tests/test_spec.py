@@ -9,6 +9,7 @@ from tersekv.codecs.intn import IntN
 from tersekv.codecs.lloydmax import LloydMax
 from tersekv.codecs.none import NoneCodec
 from tersekv.codecs.rotated import Rotated
+from tersekv.policy.streaming import Streaming
 from tersekv.policy.window import Window
 from tersekv.spec import PRESETS, Spec
 
@@ -31,7 +32,10 @@ ANY_SPEC = st.builds(
     Spec,
     ANY_CODEC,
     ANY_CODEC,
-    st.builds(Window, st.integers(0, 99), st.integers(0, 999)),
+    st.one_of(
+        st.builds(Window, st.integers(0, 99), st.integers(0, 999)),
+        st.builds(Streaming, st.integers(0, 99), st.integers(0, 999), st.integers(999, 9999)),
+    ),
     st.sampled_from(["exact", "packed"]),
 )
 
@@ -51,6 +55,9 @@ def test_parse_is_the_inverse_of_print(spec: Spec) -> None:
         ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
         ("terse4 recent=128", "rotated:bits=4 recent=128"),
         ("terse4 v=none sink=4", "k=rotated:bits=4 v=none"),
+        ("terse4 policy=streaming keep=512", "rotated:bits=4 policy=streaming keep=512"),
+        ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
+        ("terse4 policy=window sink=2", "rotated:bits=4 sink=2"),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )
@@ -89,6 +96,13 @@ def test_presets_parse(name: str) -> None:
         ("rotated:bits=--3", "a whole number is needed"),
         ("rotated:bits=²", "a whole number is needed"),
         ("terse4 prefill=fast", "prefill=fast is unknown"),
+        ("terse4 policy=streeming", 'Unknown policy "streeming". Did you mean "streaming"'),
+        ("terse4 policy=snapkv policy=window", "says policy twice"),
+        ("terse4 keep=512", 'Unknown setting "keep"'),
+        ("terse4 policy=streaming keep=10", "keep=10 is less than recent=64"),
+        ("terse4 policy=snapkv keep=10", "keep=10 must hold sink=4 and observe=32"),
+        ("terse4 policy=snapkv pool=4", "pool=4 must be an odd number"),
+        ("terse4 policy=snapkv prefill=packed", "policy=snapkv does not take prefill=packed. Allowed: exact."),
     ],
 )
 def test_bad_specs_say_what_to_do(text: str, said: str) -> None:

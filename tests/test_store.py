@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersekv.accounting import storage_bytes, tier_bytes
+from tersekv.packed_tier import PackedTier
 from tersekv.spec import parse
 from tersekv.store import Store
-from tersekv.tiers import PackedTier
 
 H, D = 2, 64
 NONE = np.zeros(1, dtype=np.int64)

@@ -37,7 +37,7 @@ print(json.dumps({{"native": find_spec("tersekv._native") is not None, "runs": i
 def test_install_without_a_compiler(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     ignore = shutil.ignore_patterns(".*", "__pycache__")
-    for name in ("src", "native", "docs"):
+    for name in ("src", "native", "docs", "results"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)

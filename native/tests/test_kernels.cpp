@@ -1,13 +1,14 @@
 // Every instruction set that runs here against golden cases, in memory that no kernel may leave.
 //   test_kernels GOLDEN_FILE     prints what ran, and ends with 1 if anything was wrong
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <thread>
 
-#include "attend.h"
 #include "golden.h"
 #include "guarded.h"
 #include "isas.h"
+#include "parts.h"
 
 namespace tersekv {
 
@@ -29,38 +30,64 @@ void compare(const std::string& what, float* got, const std::vector<float>& righ
   std::printf("FAILED %s: element %zu is %g, should be %g within %g\n", what.c_str(), at, got[at], right[at], bound[at]);
 }
 
+// Rows (b, hq, n, d) in the order (b, n, hq, d), as hosts have them, in guarded memory; `turned` the other way round.
+struct Turned {
+  int b, hq, n, d;
+  Guarded<float> data;
+  Turned(const Golden& g) : b(g.sizes[0]), hq(g.sizes[1] * g.sizes[2]), n(g.sizes[3]), d(g.sizes[4]), data(g.q.size()) {}
+  Strided strided() {
+    const int64_t row = int64_t(d) * 4;
+    return {reinterpret_cast<uint8_t*>(data.data()), Kind::fp32, row * hq * n, row, row * hq};
+  }
+  template <class Visit>
+  void each_row(Visit visit) {
+    const Strided rows = strided();
+    for (int i = 0; i < b * hq * n; i++)
+      visit(i, reinterpret_cast<float*>(rows.row(i / n / hq, i / n % hq, i % n)));
+  }
+};
+
 // The inputs of a case, each in guarded memory.
 struct Inputs {
   Guarded<uint8_t> k, v;
   Guarded<int32_t> table;
-  Guarded<float> q;
-  explicit Inputs(const Golden& g) : k(g.k_bytes), v(g.v_bytes), table(g.table), q(g.q) {}
+  Turned q;
+  explicit Inputs(const Golden& g) : k(g.k_bytes), v(g.v_bytes), table(g.table), q(g) {
+    q.each_row([&](int i, float* row) { std::copy_n(g.q.data() + int64_t(i) * q.d, q.d, row); });
+  }
 };
 
-Attention request(const Golden& g, Inputs& in, float* out, float* lse, bool exact) {
-  const int b = g.sizes[0], h = g.sizes[1], n = g.sizes[3], d = g.sizes[4], blocks = g.sizes[5];
-  const int64_t bytes = g.sizes[6];
-  Attention a{&g.k, &g.v, std::vector<Tokens>(size_t(b) * h), in.q.data(), out, lse, g.sizes[2] * n, d, n, g.scale[0],
-              exact};
-  const int64_t rows = int64_t(a.tokens.size());
+// Blocks from `first` on and, if `count` is not 0, so many of them.
+Part part(const Golden& g, Inputs& in, int first, int count) {
+  const int b = g.sizes[0], h = g.sizes[1], blocks = g.sizes[5];
+  const int64_t bytes = g.sizes[6], rows = int64_t(b) * h;
+  Part p{g.k, g.v, std::vector<Tokens>(size_t(rows)), nullptr, nullptr, b, h, g.sizes[4]};
   for (int64_t i = 0; i < rows; i++) {
-    Tokens& t = a.tokens[size_t(i)];
-    t.length = t.last = g.lengths[size_t(i)];
+    Tokens& t = p.rows[size_t(i)];
+    const int64_t left = std::max<int64_t>(g.lengths[size_t(i)] - first * BLOCK, 0);
+    t.length = t.last = count ? std::min<int64_t>(left, count * BLOCK) : left;
     if (blocks) {
-      t.pool = in.k.data(), t.page_bytes = bytes, t.table = in.table.data() + i * blocks;
+      t.pool = in.k.data(), t.page_bytes = bytes, t.table = in.table.data() + i * blocks + first;
     } else {
-      t.k = in.k.data() + i * int64_t(in.k.size()) / rows, t.v = in.v.data() + i * int64_t(in.v.size()) / rows;
+      t.k = in.k.data() + i * int64_t(in.k.size()) / rows + first * BLOCK * bytes;
+      t.v = in.v.data() + i * int64_t(in.v.size()) / rows + first * BLOCK * bytes;
       t.k_stride = t.v_stride = bytes;
     }
   }
-  return a;
+  return p;
 }
 
-void check(const Golden& g, Inputs& in, const Kernels& kernels, bool exact, int threads) {
+void check(const Golden& g, Inputs& in, const Kernels& kernels, bool exact, int threads, const std::vector<Part>& parts) {
   const Expected& right = exact ? g.exact : g.int8;
+  Turned turned(g);
   Guarded<float> out(right.out.size()), lse(right.lse.size());
-  attend(request(g, in, out.data(), lse.data(), exact), kernels, threads);
-  const std::string what = std::string(kernels.name) + (exact ? " exact, " : " int8, ") + g.name;
+  Request r{{}, in.q.strided(), turned.strided(), lse.data(), g.sizes[0], g.sizes[1], g.sizes[2], g.sizes[3], g.sizes[4],
+            g.scale[0], exact};
+  for (const Part& one : parts) r.parts.push_back(&one);
+  attend(r, kernels, encode_kernels(kernels.name), threads);
+  turned.each_row([&](int i, float* row) { std::copy_n(row, turned.d, out.data() + int64_t(i) * turned.d); });
+  const std::string what = std::string(kernels.name) + (exact ? " exact, " : " int8, ") + std::to_string(parts.size()) +
+                           " parts, " + g.name;
   compare(what, out.data(), right.out, right.out_bound);
   compare(what + ", lse", lse.data(), right.lse, right.lse_bound);
 }
@@ -68,7 +95,10 @@ void check(const Golden& g, Inputs& in, const Kernels& kernels, bool exact, int 
 void check_all(const Golden& g, int threads) {
   Inputs in(g);
   for (const Choice& choice : choices())
-    for (int exact = 0; choice.runs && exact < 2; exact++) check(g, in, *choice.kernels, exact, threads);
+    for (int exact = 0; choice.runs && exact < 2; exact++) {
+      check(g, in, *choice.kernels, exact, threads, {part(g, in, 0, 0)});
+      check(g, in, *choice.kernels, exact, threads, {part(g, in, 1, 0), part(g, in, 0, 1)});
+    }
 }
 
 int run(const char* path) {

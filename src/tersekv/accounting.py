@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from tersekv.tiers import DenseTier, PackedTier
+from tersekv.dense_tier import DenseTier
+from tersekv.packed_tier import PackedTier
 
 
 def storage_bytes(*tensors: Tensor | None) -> int:

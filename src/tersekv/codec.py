@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersekv.errors import SpecError, did_you_mean
 from tersekv.layout import Layout
-from tersekv.ops import repack
+from tersekv.ops import repack, rotate, unrotate
 from tersekv.ops.encoders import Encoder
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
@@ -21,7 +21,7 @@ class Codec(ABC):
 
     Values live in two domains: the model's, and the *folded* one in which codes are taken. `decode` returns to the
     model's; attention stays in the folded one, because `q . k = fold_query(q) . k_folded` and the output of folded
-    values is brought back once a step by `unfold_output`.
+    values is brought back once a step by `unfold_output`. The folded domain may have more channels than the model's.
     """
 
     side_defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # option defaults that differ for "k" and "v"
@@ -46,11 +46,22 @@ class Codec(ABC):
         """fp32 values in the model's domain, whatever order the codes are stored in."""
         return self.unfold_output(self.recipe(packed.layout.d).values(repack(packed, "linear")))
 
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return q
+    @property
+    def rotation(self) -> int | None:
+        """The seed of the signed Hadamard rotation that leads to the folded domain; None: it is the model's."""
+        return None
 
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return o
+    @property
+    def folds_by_rotation(self) -> bool:
+        """Whether `rotation` says it all, so that kernels can fold; who overrides the two methods below knows more."""
+        mine = type(self)
+        return mine.fold_query is Codec.fold_query and mine.unfold_output is Codec.unfold_output
+
+    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead folded"]:
+        return q if self.rotation is None else rotate(q, self.rotation)
+
+    def unfold_output(self, o: Float[Tensor, "*lead folded"]) -> Float[Tensor, "*lead d"]:
+        return o if self.rotation is None else unrotate(o, self.rotation)
 
 
 def check_bits(bits: int, low: int, high: int) -> None:

@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tersekv.layout import Layout
-from tersekv.spec import PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec
+from tersekv.ops import implementation, refusals
+from tersekv.ops.recipe import Recipe
+from tersekv.spec import POLICIES, PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec, policy_class
 from tersekv.terminal import bytes_text
 
 PICTURE_WIDTH = 64
@@ -18,31 +20,43 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 @dataclass(frozen=True)
 class Listing:
-    """Every codec with its options and their defaults, and every preset."""
+    """Every codec and policy with its options and their defaults, and every preset."""
 
     codecs: list[dict[str, Any]]
+    policies: list[dict[str, Any]]
     presets: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __rich__(self) -> Group:
-        methods = Table("codec", "what it is", "options (default)", title="codecs: k=NAME:option=value,... v=...")
-        for row in self.codecs:
-            methods.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
+        methods = _options_table("codec", self.codecs, "codecs: k=NAME:option=value,... v=...")
+        policies = _options_table("policy", self.policies, "policies: policy=NAME option=value ...")
         presets = Table("preset", "stands for", title="presets (provisional: not yet chosen by measurement)")
         for name, text in self.presets.items():
             presets.add_row(name, text)
-        return Group(methods, presets)
+        return Group(methods, policies, presets)
+
+
+def _options_table(what: str, rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(what, "what it is", "options (default)", title=title)
+    for row in rows:
+        table.add_row(row["name"], row["summary"], ", ".join(f"{k}={v}" for k, v in row["options"].items()))
+    return table
 
 
 def listing() -> Listing:
-    rows = []
-    for name in sorted(codecs()):
-        cls = codec_class(name)
-        summary = (import_module(cls.__module__).__doc__ or cls.__doc__ or "").strip().splitlines()[0]
-        rows.append({"name": name, "summary": summary.removeprefix(f"`{name}`: "), "options": _options(name)})
-    return Listing(rows, PRESETS)
+    rows = [_row(name, codec_class(name), _options(name)) for name in sorted(codecs())]
+    policies = []
+    for name in POLICIES:
+        cls = policy_class([f"policy={name}"])
+        policies.append(_row(name, cls, {f.name: option_text(f.default) for f in fields(cls)}))
+    return Listing(rows, policies, PRESETS)
+
+
+def _row(name: str, cls: type, options: dict[str, str]) -> dict[str, Any]:
+    summary = (import_module(cls.__module__).__doc__ or cls.__doc__ or "").strip().splitlines()[0]
+    return {"name": name, "summary": summary.removeprefix(f"`{name}`: "), "options": options}
 
 
 def _options(name: str) -> dict[str, str]:
@@ -65,6 +79,17 @@ class Info:
         return {"k": self.spec.k.layout(self.head_dim), "v": self.spec.v.layout(self.head_dim)}
 
     @property
+    def sides(self) -> dict[str, tuple[Layout, Recipe]]:
+        recipes = {"k": self.spec.k.recipe(self.head_dim), "v": self.spec.v.recipe(self.head_dim)}
+        return {side: (layout, recipes[side]) for side, layout in self.layouts.items()}
+
+    @property
+    def attention(self) -> str:
+        """What attends to these pages on a processor, and why nothing faster does."""
+        reasons = refusals(self.sides)
+        return f"reference ({reasons})" if reasons else implementation("cpu")
+
+    @property
     def page_bytes(self) -> int:
         return sum(layout.nbytes for layout in self.layouts.values())
 
@@ -80,6 +105,8 @@ class Info:
             "nominal_bits": {side: layout.nominal_bits for side, layout in self.layouts.items()},
             "bits_per_value": {side: layout.bits_per_value for side, layout in self.layouts.items()},
             "planes": planes,
+            "recipes": {side: recipe.name for side, (_, recipe) in self.sides.items()},
+            "attention": self.attention,
             "model": self.model,
         }
 
@@ -87,7 +114,9 @@ class Info:
         block = self.layouts["k"].block
         head = (
             f"{self.spec} at head dim {self.head_dim}: a page of {block} tokens is {self.page_bytes:,} bytes, "
-            f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})"
+            f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})\n"
+            f"recipes: {', '.join(f'{recipe.name} for {side}' for side, (_, recipe) in self.sides.items())}; "
+            f"attention on a processor by {self.attention}"
         )
         parts = [head, self._planes(), self._picture()]
         return Group(*parts, *([self._cost(self.model)] if self.model else []))
@@ -103,7 +132,12 @@ class Info:
             padding = layout.nbytes - sum(p.nbytes for p in layout.planes)
             table.add_row(side, "padding", "", "", f"{padding:,}", f"{8 * padding / values:.3f}")
             table.add_row(
-                side, "all", "", f"nominal {layout.nominal_bits}", f"{layout.nbytes:,}", f"{layout.bits_per_value:.3f}"
+                side,
+                "all",
+                "",
+                f"nominal {layout.nominal_bits:g}",
+                f"{layout.nbytes:,}",
+                f"{layout.bits_per_value:.3f}",
             )
         return table
 

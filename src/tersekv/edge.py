@@ -91,12 +91,12 @@ def _patterns(bits: int, d: int) -> Float[np.ndarray, "patterns codes"]:
 def decode(packed: EdgePacked) -> Float[np.ndarray, "*lead d"]:
     """fp32 values in the shape that was encoded; the same bits as the torch codec's."""
     plan, data = packed.layout, packed.data
-    patterns = _patterns(plan.nominal_bits, plan.d)
+    patterns = _patterns(plan.code_bits, plan.d)
     x = np.empty((len(data), BLOCK, plan.d), np.float32)
     step = max(1, CHUNK // (BLOCK * plan.d))
     for first in range(0, len(data), step):
         blocks, part = data[first : first + step], x[first : first + step]
-        index = _indices(blocks[:, plan.span("codes")], plan.nominal_bits, patterns.shape[1])
+        index = _indices(blocks[:, plan.span("codes")], plan.code_bits, patterns.shape[1])
         values = part.reshape(*index.shape, -1)
         np.take(patterns, index, axis=0, out=values, mode="clip")  # the default mode would buffer `out`
         norm = blocks[:, plan.span("scale")].view(NORMS[plan.plane("scale").kind])

@@ -20,7 +20,7 @@ class ChunkEncoder:
     """Encodes chunks of up to `blocks` blocks. Every call overwrites the same scratch: 7 bytes a value."""
 
     def __init__(self, packed: Layout, blocks: int) -> None:
-        self.packed, self.bits, self.blocks = packed, packed.nominal_bits, blocks
+        self.packed, self.bits, self.blocks = packed, packed.code_bits, blocks
         self.z = np.empty((blocks * BLOCK, packed.d), np.float32)
         self.norm, self.inverse = np.empty((2, len(self.z)), np.float32)
         self.codes, self.spare, self.sign = np.empty((3, self.z.size), np.uint8)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, CacheFileError
-from tersekv.tiers import DenseTier
+from tersekv.tiers import Evicted, Tiers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,9 @@ def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]
     tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()}
     tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
-    return tensors, {"slots": layer.slots.total, "padded": padded}
+    evicted = {"evicted": [tiers.evicted.count.tolist(), tiers.evicted.below.tolist()]}
+    notes = {"slots": layer.slots.total, "padded": padded}
+    return tensors, notes | (evicted if tiers.evicted.count.any() else {})
 
 
 def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[str, Any]) -> None:
@@ -104,11 +107,13 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
         planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
         if isinstance(tier, DenseTier):
             return DenseTier(**planes, lengths=lengths)
-        return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths)
+        return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths, whole=False)
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}
-    store.tiers = type(store.tiers)(dense, packed)
+    gone = (np.array(x, dtype=np.int64) for x in notes["evicted"]) if "evicted" in notes else None
+    evicted = Evicted(*gone) if gone else Evicted.none(dense["recent"].lengths)
+    store.tiers = Tiers(dense, packed, evicted)
     padded = tuple((start, np.array(pads, dtype=np.int64)) for start, pads in notes["padded"])
     layer.slots = Slots(notes["slots"], padded)
 

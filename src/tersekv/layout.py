@@ -17,8 +17,8 @@ BLOCK = 64  # tokens; a power of two, so that a block's channel mean is an exact
 ALIGNMENT = 16  # bytes; one SIMD load, and what `cp.async` moves at once
 
 # How stored elements become numbers. "code" indexes the codec's table; "log8" is 0 or 2^((i - 144) / 12);
-# "int8" is a signed integer times the plane of the same name + "_step".
-KIND_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "log8": 8, "int8": 8}
+# "int8" is a signed integer times the plane of the same name + "_step"; "index" is a channel or a token, 0 to 255.
+KIND_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "log8": 8, "int8": 8, "index": 8}
 
 # An order says which bit of the linear stream each stored bit is: a permutation, so `repack` is exact by construction.
 Order = Callable[["Plane"], np.ndarray]
@@ -85,13 +85,70 @@ def simd_v(plane: Plane) -> np.ndarray:
     return _simd(plane, lambda u, f, p: 32 * (u % 2) + 4 * f + p % 4, lambda u, f, p: 16 * (u // 2) + p // 4 + 0 * f)
 
 
-ORDERS: dict[str, Order] = {"linear": linear, "simd_k": simd_k, "simd_v": simd_v}
+def _mma_fields(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each bit of a lane's `4 * bits` words: register 0..31 after unpacking, byte in it, and bit of the code.
+
+    A table look-up (`prmt`) takes its indices from four nibbles, so codes of 2 to 4 bits lie in nibbles, four to a
+    register; what a nibble has room for beside an index is a part of other codes.
+    """
+    word, bit = np.indices((4 * bits, 32))
+    nibble, low, byte = bit // 4, bit % 4, bit // 4 % 4
+    if bits == 1:  # the fields of a byte are eight rows, so that a field's place is a factor of its row
+        step, half, field = word // 2, word % 2, bit % 8
+        return 8 * (field // 2) + 4 * step + 2 * half + field % 2, bit // 8, 0 * bit
+    if bits == 2:
+        return 4 * word + 2 * (low // 2) + nibble // 4, byte, low % 2
+    if bits == 3:  # the fourth bits of three words are the nibbles of a fourth
+        vector, part, spare = word // 4, word % 4, low == 3
+        return 8 * part + 2 * np.where(spare, 3, vector) + nibble // 4, byte, np.where(spare, vector, low)
+    if bits == 4:  # the highest bits of the first four codes are the highest of the bytes, so that `prmt` spreads them
+        top = low == 3
+        return 2 * word + np.where(top, 1 - nibble % 2, nibble // 4), np.where(top, nibble // 2, byte), low
+    return word, bit // 8, bit % 8
+
+
+def _mma(plane: Plane, place: Callable[..., tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Units of 64 x 64 codes: eight operands A of `mma.m16n8k32` (16 rows by 32 columns) for each of 32 lanes.
+
+    Register 8x + 4y + r of lane (g, p) belongs to rows 16x.. and columns 32y.. of the unit; r is two halves, of the
+    rows and of the columns. A lane's words come in vectors of 16 bytes, and 32 lanes side by side. `place` gives token
+    and channel of (unit, g, row of g's eight, p, y, half of the columns, byte).
+    """
+    register, byte, of_code = (f.reshape(plane.bits, 1, 4, 32) for f in _mma_fields(plane.bits))
+    unit, lane = np.arange(plane.rows * plane.cols // 4096)[:, None, None, None, None], np.arange(32)[:, None, None]
+    x, y, half, r = register // 8, register // 4 % 2, register // 2 % 2, register % 2
+    token, channel = place(unit, lane // 4, 2 * x + r, lane % 4, y, half, byte)
+    return ((token * plane.cols + channel) * plane.bits + of_code).ravel()
+
+
+def mma_k(plane: Plane) -> np.ndarray:
+    """Rows are tokens, columns 64 channels a unit. A lane meets tokens and channels that are neighbours."""
+    return _mma(
+        plane,
+        lambda u, g, row, p, y, half, i: (8 * g + row, plane.cols // 4 * p + 16 * u + 8 * y + 4 * half + i),
+    )
+
+
+def mma_v(plane: Plane) -> np.ndarray:
+    """Rows are 64 channels a unit, columns tokens, in the order in which `movmatrix` leaves the weights."""
+    return _mma(
+        plane,
+        lambda u, g, row, p, y, half, i: (
+            16 * p + 8 * (i // 2) + 4 * y + 2 * half + i % 2,
+            plane.cols // 8 * g + 8 * u + row,
+        ),
+    )
+
+
+ORDERS: dict[str, Order] = {"linear": linear, "simd_k": simd_k, "simd_v": simd_v, "mma_k": mma_k, "mma_v": mma_v}
+UNIT = {"simd": 16, "mma": 64}  # channels that an order holds together
 
 
 def fits(plane: Plane, order: str) -> bool:
     """Whether a plane of codes can be stored in an order."""
-    whole = plane.rows == BLOCK and plane.cols % 16 == 0 and plane.bits in SIMD_BITS
-    return order == "linear" or whole
+    family, _, side = order.partition("_")
+    whole = plane.rows == BLOCK and plane.bits in SIMD_BITS and plane.cols % UNIT.get(family, 1) == 0
+    return not side or whole
 
 
 @dataclass(frozen=True)
@@ -113,9 +170,15 @@ class Layout:
         return sum(plane.stride for plane in self.planes)
 
     @property
-    def nominal_bits(self) -> int:
-        """Bits of a code alone: what papers print. See `bits_per_value` for what is held."""
+    def code_bits(self) -> int:
+        """Bits of one element of the plane that kernels read."""
         return next(plane.bits for plane in self.planes if plane.name in ("codes", "values"))
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits of codes alone for each value: what papers print. See `bits_per_value` for what is held."""
+        codes = [plane for plane in self.planes if plane.kind == "code" or plane.name == "values"]
+        return sum(plane.rows * plane.cols * plane.bits for plane in codes) / (self.block * self.d)
 
     @property
     def bits_per_value(self) -> float:
@@ -150,7 +213,7 @@ class Layout:
         if not self.takes(order):
             raise SpecError(
                 f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples "
-                f"of 16, not {self.nominal_bits} bits at {self.d}. Keep the linear order."
+                f"of {UNIT[order[:-2]]}, not {self.nominal_bits:g} bits at {self.d}. Keep the linear order."
             )
         planes = (replace(p, order=order) if p.kind == "code" else p for p in self.planes)
         return replace(self, planes=tuple(planes))

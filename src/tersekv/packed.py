@@ -1,7 +1,7 @@
 """Packed blocks as torch bytes, and the exact change of their storage order."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -32,13 +32,21 @@ class Packed:
         """The stored bytes of one plane."""
         return self.data[..., self.layout.span(name)]
 
+    def part(self, prefix: str, d: int | None = None) -> "Packed":
+        """The planes whose names begin with `prefix`, named without it, as blocks of head dim `d`."""
+        if not prefix:
+            return self
+        names = {p.name.removeprefix(prefix): p for p in self.layout.planes if p.name.startswith(prefix)}
+        layout = Layout(d or self.layout.d, tuple(replace(plane, name=name) for name, plane in names.items()))
+        return Packed.assemble(layout, {name: self.plane(plane.name) for name, plane in names.items()})
+
     @property
     def nbytes(self) -> int:
         return self.data.numel()
 
 
 @lru_cache
-def _moves(plane: Plane, target: Plane) -> np.ndarray:
+def moves(plane: Plane, target: Plane) -> np.ndarray:
     """For each bit of the target, which bit of the plane it is."""
     return np.argsort(ORDERS[plane.order](plane))[ORDERS[target.order](target)]
 
@@ -47,7 +55,7 @@ def _reordered(content: Tensor, plane: Plane, target: Plane) -> Tensor:
     """Bytes of a plane moved to the target's order: bit i of the result is bit ORDER(i) of the linear stream."""
     shifts = torch.arange(8, dtype=torch.uint8, device=content.device)
     bits = ((content[..., None] >> shifts) & 1).flatten(-2)
-    index = torch.from_numpy(_moves(plane, target)).to(content.device)
+    index = torch.from_numpy(moves(plane, target)).to(content.device)
     moved = bits[..., index].unflatten(-1, (-1, 8))
     return (moved << shifts).sum(-1, dtype=torch.uint8)
 

@@ -2,7 +2,8 @@
 
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
-(`results/attend.json#long`; an evaluation's first without a name), or a table of the registry: codecs, presets, bytes.
+(`results/attend.json#long`; an evaluation's first without a name), the rows of a method
+(`results/methods.json#kivi`), or a table of the registry: codecs, presets, bytes.
 """
 
 import json
@@ -15,14 +16,15 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from tersekv.bench import attend_tables, decode_tables
+from tersekv.bench import attend_tables, decode_tables, gpu_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
-from tersekv.errors import InputError, did_you_mean
+from tersekv.errors import InputError, SpecError, did_you_mean
 from tersekv.reports.captions import caption
 from tersekv.reports.figures import is_fresh, svg
+from tersekv.reports.tables import methods
 from tersekv.reports.tables import tables as quality_tables
-from tersekv.spec import parse
+from tersekv.spec import codecs, parse
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
@@ -39,11 +41,21 @@ def bytes_table() -> Table:
     """What packed tokens cost with each codec; sinks, recent tokens and page tables come on top."""
     options = {row["name"]: row["options"] for row in listing().codecs}
     specs = [f"{name}:bits={bits}" for name in options if "bits" in options[name] for bits in (8, 4, 3, 2)]
+    specs = [spec for spec in specs if _is_spec(spec)]
     heads = [f"d={d}: {what}" for d in (64, 128) for what in ("bits K, V", "bytes a token", "ratio")]
     table = Table("spec", *(Column(head, justify="right") for head in heads))
     for spec in ["none", *specs, "k=rotated:bits=4 v=rotated:bits=2"]:
         table.add_row(spec, *(cell for d in (64, 128) for cell in _costs(spec, d)))
     return table
+
+
+def _is_spec(text: str) -> bool:
+    """Not every codec takes every number of bits."""
+    try:
+        parse(text)
+    except SpecError:
+        return False
+    return True
 
 
 def _costs(spec: str, d: int) -> tuple[str, ...]:
@@ -55,6 +67,8 @@ def _costs(spec: str, d: int) -> tuple[str, ...]:
 PARTS = {
     "attend": attend_tables.tables,
     "decode": decode_tables.tables,
+    "attend cuda": gpu_tables.tables,
+    "encode cuda": gpu_tables.tables,
 }  # records of several tables, and what makes them
 
 
@@ -64,14 +78,21 @@ def _parts(record: dict[str, Any]) -> dict[str, Table]:
         return PARTS[record["bench"]](record)
     if "run" in record:
         found = quality_tables(record)
-        return {"": next(iter(found.values()))} | found
+        return {"": next(iter(found.values()))} | found | _by_method(record)
     return {"": EncodeBench(**{f.name: record[f.name] for f in fields(EncodeBench)}).__rich__()}
+
+
+def _by_method(record: dict[str, Any]) -> dict[str, Table]:
+    """Of an evaluation: `methods` has all rows, and the name of a codec or policy the rows that use it."""
+    rows = [row for row in record["rows"] if "logits" in row]
+    named = {name: [row for row in rows if re.search(rf"(^|[= ]){name}([: ]|$)", row["spec"])] for name in codecs()}
+    return {name: methods(found) for name, found in {"methods": rows, **named}.items()}
 
 
 def content(source: str, root: Path) -> str:
     """The text of a block. Raises InputError for a source that does not exist."""
-    codecs, presets = listing().__rich__().renderables
-    tables = {"codecs": lambda: codecs, "presets": lambda: presets, "bytes": bytes_table}
+    registry, _, presets = listing().__rich__().renderables
+    tables = {"codecs": lambda: registry, "presets": lambda: presets, "bytes": bytes_table}
     if source in tables:
         return markdown(tables[source]())
     name, _, part = source.partition("#")
@@ -91,7 +112,7 @@ def content(source: str, root: Path) -> str:
 def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:
     """Every page and picture that is not what records and registry say, and what makes it so."""
     found: dict[Path, Callable[[], bytes]] = {}
-    for page in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
         text = page.read_text(encoding="utf-8")
         fresh = BLOCK.sub(lambda block: f"{block[1]}{content(block[2], root)}\n", text)
         if fresh != text:

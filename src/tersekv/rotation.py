@@ -17,16 +17,20 @@ def hadamard_size(d: int) -> int:
     return d & -d
 
 
-@lru_cache
-def signs(d: int, seed: int) -> np.ndarray:
-    """`d` signs from the splitmix64 sequence of `seed`: the same on every platform and library."""
+def random_words(n: int, seed: int) -> list[int]:
+    """`n` 64-bit words of the splitmix64 sequence of `seed`: the same on every platform and library."""
     mask, state, out = 2**64 - 1, seed & (2**64 - 1), []
-    for _ in range(d):
+    for _ in range(n):
         state = (state + 0x9E3779B97F4A7C15) & mask
         z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        out.append(1.0 - 2.0 * ((z ^ (z >> 31)) & 1))
-    return np.array(out, dtype=np.float32)
+        out.append(z ^ (z >> 31))
+    return out
+
+
+@lru_cache
+def signs(d: int, seed: int) -> np.ndarray:
+    return np.array([1.0 - 2.0 * (word & 1) for word in random_words(d, seed)], dtype=np.float32)
 
 
 def _hadamard(x: Tensor) -> Tensor:

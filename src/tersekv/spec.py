@@ -16,14 +16,30 @@ from typing import Any, get_type_hints
 
 from tersekv.codec import Codec
 from tersekv.errors import SpecError, did_you_mean
+from tersekv.policy.base import Policy
 from tersekv.policy.window import Window
 
 # One line a method. Other packages add theirs through the entry-point group "tersekv.codecs".
 CODECS = {
     "none": "tersekv.codecs.none:NoneCodec",
+    "direction": "tersekv.codecs.direction:Direction",
     "intn": "tersekv.codecs.intn:IntN",
+    "kivi": "tersekv.codecs.kivi:Kivi",
+    "kvquant": "tersekv.codecs.kvquant:KVQuant",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
+    "outliers": "tersekv.codecs.outliers:Outliers",
+    "polar": "tersekv.codecs.polar:Polar",
+    "qjl": "tersekv.codecs.qjl:QJL",
     "rotated": "tersekv.codecs.rotated:Rotated",
+    "trellis": "tersekv.codecs.trellis:TrellisCodec",
+    "turboquant": "tersekv.codecs.turboquant:TurboQuant",
+    "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
+}
+
+POLICIES = {
+    "window": "tersekv.policy.window:Window",
+    "streaming": "tersekv.policy.streaming:Streaming",
+    "snapkv": "tersekv.policy.snapkv:SnapKV",
 }
 
 PRESETS = {
@@ -42,16 +58,23 @@ class Spec:
 
     k: Codec
     v: Codec
-    policy: Window = field(default_factory=Window)
+    policy: Policy = field(default_factory=Window)
     prefill: str = "exact"
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILL:
             raise SpecError(f"prefill={self.prefill} is unknown. {did_you_mean(self.prefill, PREFILL)}")
+        if self.prefill not in self.policy.prefills:
+            allowed = ", ".join(self.policy.prefills)
+            raise SpecError(
+                f"policy={policy_name(self.policy)} does not take prefill={self.prefill}. Allowed: {allowed}."
+            )
 
     def __str__(self) -> str:
         k, v = print_codec(self.k, "k"), print_codec(self.v, "v")
         words = [k] if k == v else [f"k={k}", f"v={v}"]
+        name = policy_name(self.policy)
+        words += [f"policy={name}"] if name != "window" else []
         words += [f"{f.name}={x}" for f in fields(self.policy) if (x := getattr(self.policy, f.name)) != f.default]
         words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
         return " ".join(words)
@@ -73,6 +96,22 @@ def codec_class(name: str) -> type[Codec]:
     return getattr(import_module(module), attribute)
 
 
+def policy_name(policy: Policy) -> str:
+    """Inverse of `policy_class`."""
+    where = f"{type(policy).__module__}:{type(policy).__qualname__}"
+    return next(name for name, place in POLICIES.items() if place == where)
+
+
+def policy_class(words: list[str]) -> type[Policy]:
+    """Of the word `policy=NAME`, or the window."""
+    named = [word.removeprefix("policy=") for word in words if word.startswith("policy=")]
+    name = named[0] if named else "window"
+    if name not in POLICIES:
+        raise SpecError(f'Unknown policy "{name}". {did_you_mean(name, POLICIES)}')
+    module, _, attribute = POLICIES[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
 def parse(text: str) -> Spec:
     """The spec of a text. Raises SpecError for an unknown preset, codec, option or value."""
     words = text.split()
@@ -80,25 +119,26 @@ def parse(text: str) -> Spec:
         raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
     # A preset is a start that later words may change; otherwise each thing is said once.
     settings: dict[str, Any] = {}
+    cls = policy_class(words)
     for start in PRESETS.get(words[0], "").split():
-        _set(settings, start)
+        _set(settings, start, cls)
     preset, said = dict(settings), set[str]()
     for word in words[1:] if preset else words:
-        for key in _set(settings, word):
+        for key in _set(settings, word, cls):
             if key in said:
                 raise SpecError(f'"{text}" says {key} twice. Say it once.')
             said.add(key)
     for side in ("k", "v"):
         if side not in settings:
             raise SpecError(f'"{text}" names no codec for {side}. Add {side}=CODEC, or {side}=none to leave it dense.')
-    policy = Window(**{f.name: settings.pop(f.name) for f in fields(Window) if f.name in settings})
+    policy = cls(**{f.name: settings.pop(f.name) for f in fields(cls) if f.name in settings})
     return Spec(policy=policy, **settings)
 
 
-def _set(settings: dict[str, Any], word: str) -> list[str]:
+def _set(settings: dict[str, Any], word: str, cls: type[Policy]) -> list[str]:
     """Put what a word says into the settings; returns their names."""
     key, equals, value = word.partition("=")
-    policy = get_type_hints(Window)
+    policy = {f.name: get_type_hints(cls)[f.name] for f in fields(cls)}
     if not equals or ":" in key:
         settings |= {"k": parse_codec(word, "k"), "v": parse_codec(word, "v")}
         return ["k", "v"]
@@ -106,10 +146,12 @@ def _set(settings: dict[str, Any], word: str) -> list[str]:
         settings[key] = parse_codec(value, key)
     elif key == "prefill":
         settings[key] = value
+    elif key == "policy":
+        pass  # known before any other word, since they are its options
     elif key in policy:
         settings[key] = convert(key, value, policy[key])
     else:
-        raise SpecError(f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", *policy])}')
+        raise SpecError(f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", "policy", *policy])}')
     return [key]
 
 

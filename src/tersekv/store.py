@@ -1,18 +1,23 @@
 """The cache of one attention layer: its tiers, the policy that fills them, and attention over all of them."""
 
 from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tersekv.dense_tier import DenseTier
 from tersekv.ops import attend_alone, attend_causal, merge
+from tersekv.policy.base import Asked
 from tersekv.ragged import take
 from tersekv.spec import Spec
-from tersekv.tiers import DenseTier
+from tersekv.tail import Tail
+from tersekv.tiers import Tiers
 
-Padding = Int[np.ndarray, "b"]  # tokens at the left of a chunk that belong to no sequence
+Padding = Int[np.ndarray, "b"] | None  # tokens at the left of a chunk that belong to no sequence; None: there are none
+State = tuple[Tiers, Tail | None, int]
 
 
 class Store:
@@ -21,22 +26,75 @@ class Store:
     def __init__(self, spec: Spec, b: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raises SpecError if a codec does not fit head dim `d`."""
         self.spec = spec
-        self.tiers = spec.policy.tiers(spec.k, spec.v, DenseTier.empty(b, h, d, dtype, device))
+        empty = DenseTier.empty(b, h, d, dtype, device)
+        self.like = empty.k  # what keys and values must be like
+        # A layer's state. Nothing that it refers to is ever changed, so it can be kept, and returned to.
+        self.state: State = (spec.policy.tiers(spec.k, spec.v, empty), None, 0)
+
+    def at(self, state: State) -> "Store":
+        """Another store like this one, in a state that it was in."""
+        other = copy(self)
+        other.state = state
+        return other
+
+    @property
+    def tiers(self) -> Tiers:
+        """All tokens, by tier. Those that a decoding step left waiting are given to the policy first."""
+        tiers, tail, count = self.state
+        if tail is not None:
+            tiers = self.spec.policy.place(tiers, tail.tokens(count)) if count else tiers
+            self.state = (tiers, None, 0)
+        return tiers
+
+    @tiers.setter
+    def tiers(self, tiers: Tiers) -> None:
+        self.state = (tiers, None, 0)
 
     @property
     def lengths(self) -> Int[np.ndarray, "b"]:
         """Real tokens of each sequence, padding not counted."""
-        return self.tiers.seen[:, 0]
+        tiers, _, waiting = self.state
+        return tiers.seen[:, 0] + waiting
 
-    def append(self, k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], padding: Padding) -> None:
-        """Store new tokens; those that make a block due are encoded."""
-        start = np.broadcast_to(padding[:, None], k.shape[:2])
-        count = k.shape[2] - start
+    def append(
+        self, k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], padding: Padding, asked: Asked | None = None
+    ) -> None:
+        """Store new tokens; those that make a block due are encoded. `asked`: the queries that came with them."""
+        tiers, (b, h, n, _) = self.tiers, k.shape
+        start = np.zeros((b, h), dtype=np.int64) if padding is None else np.broadcast_to(padding[:, None], (b, h))
+        count = n - start
         slots = np.arange(int(count.max(initial=0)))
-        positions = (self.tiers.seen[..., None] + slots).astype(np.int32)
-        placed = torch.from_numpy(positions).to(k.device)
-        fresh = DenseTier(take(k, start, count), take(v, start, count), placed, count)
-        self.tiers = self.spec.policy.place(self.tiers, fresh)
+        positions = torch.from_numpy((tiers.seen[..., None] + slots).astype(np.int32)).to(k.device)
+        fresh = DenseTier(take(k, start, count), take(v, start, count), positions, count)
+        self.tiers = self.spec.policy.place(tiers, fresh, asked)
+
+    def step(
+        self,
+        q: Float[Tensor, "b hq n d"],
+        k: Float[Tensor, "b h n d"],
+        v: Float[Tensor, "b h n d"],
+        scale: float,
+        route: str = "fused",
+    ) -> Float[Tensor, "b hq n d"] | None:
+        """`extend` for a few tokens without padding, in one native call.
+
+        None, and nothing is stored, where native code cannot do all of it, tokens are not finite or not like those
+        held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
+        """
+        if route == "decoded":
+            return None
+        (tiers, tail, count), n = self.state, q.shape[2]
+        if tail is None or not tail.claim(count, n):
+            tiers, count = self.tiers, 0
+            tail = Tail.behind(tiers, self.spec.policy.room(tiers), q) if tiers.seen.any() else None
+            if tail is None or not tail.claim(0, n):
+                return None
+        out = tail.step(q, k, v, count, scale, route == "exact")
+        if out is not None:
+            self.state = (tiers, tail, count + n)
+            if count + n == tail.room:
+                _ = self.tiers  # a block may be due
+        return out
 
     def extend(
         self,
@@ -54,20 +112,23 @@ class Store:
         Routes: "fused" attends to packed tiers where they lie; "exact" does so in fp32 where kernels would compute in
         8-bit integers; "decoded" unpacks the whole history into one dense tier, slow, and the check on the others.
         """
+        if padding is None and (out := self.step(q, k, v, scale, route)) is not None:
+            return out
         outputs = []
         for start, stop in self._pieces(k.shape[2]):
             now_q, now_k, now_v = (x[:, :, start:stop] for x in (q, k, v))
-            pads = np.clip(padding - start, 0, stop - start)
+            pads = None if padding is None else np.clip(padding - start, 0, stop - start)
             outputs.append(self._attend(now_q, now_k, now_v, pads, scale, route))
-            self.append(now_k, now_v, pads)
+            self.append(now_k, now_v, pads, (now_q, scale))
         return torch.cat([out.to(q.dtype) for out in outputs], 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pads: Padding, scale: float, route: str) -> Tensor:
         tiers = [self.decoded()] if route == "decoded" else self.tiers.all().values()
         stored = [tier.attend(q, scale, route == "exact") for tier in tiers if tier.lengths.any()]
-        if not stored and not pads.any():
+        if not stored and pads is None:
             return attend_alone(q, k, v, scale)
-        return merge([*stored, attend_causal(q, k, v, torch.from_numpy(pads), scale)])[0]
+        padding = torch.zeros(len(q), dtype=torch.int64) if pads is None else torch.from_numpy(pads)
+        return merge([*stored, attend_causal(q, k, v, padding, scale)])[0]
 
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         start = 0
@@ -94,4 +155,4 @@ class Store:
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Sequences `rows`, in that order; a sequence may repeat."""
-        self.tiers = self.tiers.map(lambda tier: tier.select(rows))
+        self.tiers = self.tiers.select(rows)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK
+from tersekv.ops.planes import read
 from tersekv.packed import Packed, repack
 from tersekv.spec import parse_codec, print_codec
 
@@ -21,7 +22,7 @@ def check_codec(codec: Codec, side: str = "k", head_dims: tuple[int, ...] = HEAD
     taken = [d for d in head_dims if _takes(codec, d)]
     assert taken, f"{codec}: takes none of the head dims {head_dims}"
     for d in taken:
-        for check in (bytes_as_declared, blocks_alone, any_input, hard_blocks, folding, storage_orders):
+        for check in (bytes_as_declared, blocks_alone, any_input, hard_blocks, folding, storage_orders, scales):
             check(codec, d)
 
 
@@ -114,3 +115,9 @@ def storage_orders(codec: Codec, d: int) -> None:
         there: Packed = repack(packed, order)
         assert there.nbytes == packed.nbytes, f"{codec} d={d}: order {order} changes the size"
         assert torch.equal(repack(there, "linear").data, packed.data), f"{codec} d={d}: order {order} is not exact"
+
+
+def scales(codec: Codec, d: int) -> None:
+    """Scales of tokens are not negative: kernels multiply weights by them and keep the product as unsigned bytes."""
+    scale = read(codec.encode(sample(d)), "scale")
+    assert scale is None or (scale >= 0).all(), f"{codec} d={d}: a token has a negative scale"

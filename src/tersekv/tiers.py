@@ -4,198 +4,35 @@ Immutability is what makes rollback exact and beam search cheap: an older state 
 share pages. Lengths live on the host as NumPy arrays (b, h), because the host decides what is appended where.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from tersekv.codec import Codec
-from tersekv.layout import Layout
-from tersekv.ops import Pages, Partial, attend_dense, attend_pages, encode, ordered, repack
-from tersekv.packed import Packed
-from tersekv.ragged import Lengths, join, take
+from tersekv.dense_tier import DenseTier
+from tersekv.packed_tier import PackedTier
+from tersekv.ragged import Lengths
 
 
 @dataclass(frozen=True)
-class DenseTier:
-    """Tokens in the model's own precision; the first `lengths` of each row count."""
+class Evicted:
+    """Tokens that a policy gave up: how many of each row, and a position that all of them are below."""
 
-    k: Float[Tensor, "b h t d"]
-    v: Float[Tensor, "b h t d"]
-    positions: Int[Tensor, "b h t"]
-    lengths: Lengths
+    count: Lengths
+    below: Lengths
 
     @staticmethod
-    def empty(b: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> "DenseTier":
-        x = torch.empty(b, h, 0, d, dtype=dtype, device=device)
-        positions = torch.empty(b, h, 0, dtype=torch.int32, device=device)
-        return DenseTier(x, x, positions, np.zeros((b, h), dtype=np.int64))
+    def none(like: Lengths) -> "Evicted":
+        return Evicted(np.zeros_like(like), np.zeros_like(like))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"k": self.k, "v": self.v, "positions": self.positions}
+    def more(self, count: Lengths, below: Lengths) -> "Evicted":
+        return Evicted(self.count + count, np.where(count > 0, np.maximum(self.below, below), self.below))
 
-    def take(self, start: Lengths, count: Lengths) -> "DenseTier":
-        return self._changed(lambda x: take(x, start, count), count)
-
-    def append(self, other: "DenseTier") -> "DenseTier":
-        joined = {n: join(x, self.lengths, other.tensors()[n], other.lengths) for n, x in self.tensors().items()}
-        return DenseTier(**joined, lengths=self.lengths + other.lengths)
-
-    def select(self, rows: Int[Tensor, "rows"]) -> "DenseTier":
-        return self._changed(lambda x: x.index_select(0, rows), self.lengths[rows.cpu().numpy()])
-
-    def below(self, length: Int[np.ndarray, "b 1"]) -> "DenseTier":
-        """The tokens at positions below `length`; positions ascend within a row."""
-        counted = np.arange(self.positions.shape[2]) < self.lengths[..., None]
-        kept = (counted & (self.positions.cpu().numpy() < length[..., None])).sum(-1)
-        return self.take(np.zeros_like(kept), kept).owned()
-
-    def owned(self) -> "DenseTier":
-        """The same with storage of its own, so that no view keeps a longer tensor alive."""
-        return self._changed(torch.clone, self.lengths)
-
-    def _changed(self, change: Callable[[Tensor], Tensor], lengths: Lengths) -> "DenseTier":
-        return DenseTier(**{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
-
-    def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
-        """In fp32, whether `exact` or not."""
-        return attend_dense(q, self.k, self.v, torch.from_numpy(self.lengths), scale)
-
-    def decoded(self) -> "DenseTier":
-        return self
-
-
-@lru_cache
-def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
-    sides = (("k", k), ("v", v))
-    keys, values = (ordered(codec.layout(d), codec.recipe(d), side, device) for side, codec in sides)
-    return keys, values
-
-
-@dataclass(frozen=True)
-class PackedTier:
-    """Pages of whole blocks, K planes then V planes; `table` says which page holds which block of which row."""
-
-    k: Codec
-    v: Codec
-    d: int
-    dtype: torch.dtype
-    pool: Tensor  # uint8 (pages, page bytes)
-    table: Tensor  # int32 (b, h, blocks), -1 where a row has no such block
-    starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
-    lengths: Lengths
-
-    @staticmethod
-    def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
-        b, h, _, d = like.k.shape
-        page = k.layout(d).nbytes + v.layout(d).nbytes
-        pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
-        table = torch.empty(b, h, 0, dtype=torch.int32, device=like.k.device)
-        return PackedTier(k, v, d, like.k.dtype, pool, table, table, np.zeros((b, h), dtype=np.int64))
-
-    @property
-    def layouts(self) -> tuple[Layout, Layout]:
-        """Of keys and values, in the storage order of the kernels on this device."""
-        return _layouts(self.k, self.v, self.d, self.pool.device)
-
-    @property
-    def block(self) -> int:
-        return self.layouts[0].block
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"pool": self.pool, "table": self.table, "starts": self.starts}
-
-    def append(self, tokens: DenseTier) -> "PackedTier":
-        """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block."""
-        count = tokens.lengths // self.block
-        blocks = tokens.k.shape[2] // self.block
-        filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
-        k, v = (x.unflatten(2, (blocks, self.block))[filled] for x in (tokens.k, tokens.v))
-        stored = [encode(c, x, y).data for c, x, y in zip((self.k, self.v), (k, v), self.layouts, strict=True)]
-        pages = torch.cat(stored, -1)
-        tier = self.compacted()
-        ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
-        first = len(tier.pool)
-        ids[filled] = torch.arange(first, first + len(pages), dtype=torch.int32, device=filled.device)
-        starts = tokens.positions[:, :, :: self.block]
-        old = tier.lengths // self.block
-        grown = replace(
-            tier,
-            pool=torch.cat((tier.pool, pages)),
-            table=join(tier.table, old, ids, count),
-            starts=join(tier.starts, old, starts, count),
-            lengths=tier.lengths + tokens.lengths,
-        )
-        return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
-
-    def compacted(self) -> "PackedTier":
-        """Without the pages that no row refers to any more (after beam search or a crop)."""
-        filled = self.filled()
-        used = torch.unique(self.table[filled])
-        if len(used) == len(self.pool):
-            return self
-        renumbered = torch.searchsorted(used, self.table.contiguous()).to(torch.int32)
-        return replace(self, pool=self.pool[used.long()], table=torch.where(filled, renumbered, -1))
-
-    def filled(self) -> Tensor:
-        blocks = np.arange(self.table.shape[2]) * self.block < self.lengths[..., None]
-        return torch.from_numpy(blocks).to(self.table.device)
-
-    def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
-        """Sequences may repeat: their pages are shared, not copied."""
-        table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
-        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()])
-
-    def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
-        """How many tokens of each row lie in blocks that end at or before position `length`."""
-        ends = self.starts.cpu().numpy().astype(np.int64) + self.block
-        return (self.filled().cpu().numpy() & (ends <= length[..., None])).sum(-1) * self.block
-
-    def keep(self, lengths: Lengths) -> "PackedTier":
-        """Only the first `lengths` tokens (whole blocks) of each row; the other pages are freed."""
-        blocks = int(lengths.max(initial=0)) // self.block
-        cut = replace(self, table=self.table[..., :blocks], starts=self.starts[..., :blocks], lengths=lengths)
-        return cut.compacted()
-
-    @cached_property
-    def pages(self) -> Pages:
-        lengths = torch.from_numpy(self.lengths).to(self.pool.device)
-        recipes = self.k.recipe(self.d), self.v.recipe(self.d)
-        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
-
-    def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
-        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages, scale, exact)
-        return self.v.unfold_output(out), lse
-
-    def linear_pool(self) -> Tensor:
-        """The pages with their codes in the linear order, as files hold them."""
-        return self._reordered(self.layouts, ("linear", "linear"), self.pool)
-
-    def pool_of(self, linear: Tensor) -> Tensor:
-        """Inverse of `linear_pool` for the device that this tier is on."""
-        plain = self.k.layout(self.d), self.v.layout(self.d)
-        orders = [layout.order for layout in self.layouts]
-        return self._reordered(plain, orders, linear)
-
-    def _reordered(self, layouts: tuple[Layout, Layout], orders: Sequence[str], pool: Tensor) -> Tensor:
-        split = layouts[0].nbytes
-        sides = zip(layouts, orders, (pool[:, :split], pool[:, split:]), strict=True)
-        return torch.cat([repack(Packed(layout, data), order).data for layout, order, data in sides], -1)
-
-    def decoded(self) -> DenseTier:
-        """All tokens unpacked to the model's precision: the slow route, and what a crop through a block needs."""
-        k_layout, v_layout = self.layouts
-        data = self.pool[self.table.clamp(min=0).long()]
-        k = self.k.decode(Packed(k_layout, data[..., : k_layout.nbytes])).flatten(2, 3)
-        v = self.v.decode(Packed(v_layout, data[..., k_layout.nbytes :])).flatten(2, 3)
-        offsets = torch.arange(self.block, dtype=torch.int32, device=self.pool.device)
-        positions = (self.starts[..., None] + offsets).flatten(2, 3)
-        return DenseTier(k.to(self.dtype), v.to(self.dtype), positions, self.lengths)
+    def select(self, rows: Int[Tensor, "rows"]) -> "Evicted":
+        index = rows.cpu().numpy()
+        return Evicted(self.count[index], self.below[index])
 
 
 @dataclass(frozen=True)
@@ -204,14 +41,17 @@ class Tiers:
 
     dense: dict[str, DenseTier]
     packed: dict[str, PackedTier]
+    evicted: Evicted
 
     def all(self) -> dict[str, DenseTier | PackedTier]:
         return {**self.dense, **self.packed}
 
-    @property
+    @cached_property
     def seen(self) -> Lengths:
-        return sum((tier.lengths for tier in self.all().values()), start=np.zeros((), dtype=np.int64))
+        """Tokens that came, held or not: the position of the next one."""
+        return sum((tier.lengths for tier in self.all().values()), start=self.evicted.count)
 
-    def map(self, change: Callable[[Any], Any]) -> "Tiers":
-        dense = {name: change(tier) for name, tier in self.dense.items()}
-        return Tiers(dense, {name: change(tier) for name, tier in self.packed.items()})
+    def select(self, rows: Int[Tensor, "rows"]) -> "Tiers":
+        dense = {name: tier.select(rows) for name, tier in self.dense.items()}
+        packed = {name: tier.select(rows) for name, tier in self.packed.items()}
+        return Tiers(dense, packed, self.evicted.select(rows))

@@ -108,13 +108,10 @@ def attend(
     stages: Stages | None = None,
     flush: int = FLUSH,
     kernel: Callable[..., Any] | None = None,
-    device: str = "cpu",
 ) -> dict[str, Any]:
     """The record: for each case every contestant's time, bytes and error, after each has passed its parity gate."""
     if threads < 1:
         raise InputError(f"--threads {threads}: at least 1.")
-    if device != "cpu":
-        raise InputError(f'--device "{device}": only the cpu has kernels in this version. Allowed: cpu.')
     with torch_threads(threads), torch.inference_mode():
         cold = Cold(threads, flush)
         chosen = instruction_sets(isas or [])

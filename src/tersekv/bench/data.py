@@ -9,7 +9,7 @@ from torch import Tensor
 from tersekv.codec import Codec
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK
-from tersekv.ops import ordered
+from tersekv.ops import new_pool, page_layouts
 from tersekv.ops.pages import Pages
 from tersekv.packed import repack
 
@@ -74,22 +74,26 @@ def draw(case: Case, seed: int = 0) -> Drawn:
 def packed(drawn: Drawn, k: Codec, v: Codec) -> tuple[Pages, tuple[Tensor, Tensor]]:
     """The tokens as pages, head by head as a cache lays them down, and what the pages say, folded, as dense tokens."""
     case, parts, said = drawn.case, [], []
-    for side, codec, blocks in (("k", k, drawn.k), ("v", v, drawn.v)):
-        plain, recipe = codec.encode(blocks), codec.recipe(case.d)
+    recipes = k.recipe(case.d), v.recipe(case.d)
+    sides = {"k": (k.layout(case.d), recipes[0]), "v": (v.layout(case.d), recipes[1])}
+    k_layout, v_layout = page_layouts(sides, drawn.k.device)
+    for codec, blocks, recipe, layout in zip((k, v), (drawn.k, drawn.v), recipes, (k_layout, v_layout), strict=True):
+        plain = codec.encode(blocks)
         said.append(drawn.dense(recipe.values(plain)))
-        parts.append(repack(plain, ordered(plain.layout, recipe, side, blocks.device).order))
-    pool = torch.cat([part.data for part in parts], -1)[drawn.index.flatten()]
+        parts.append(repack(plain, layout.order))
+    blocks = torch.cat([part.data for part in parts], -1)
+    pool = new_pool(drawn.index.numel(), blocks.shape[1], blocks.device)
+    torch.index_select(blocks, 0, drawn.index.flatten(), out=pool)
     table = torch.arange(len(pool), dtype=torch.int32).view(1, *drawn.index.shape)
     lengths = torch.full((1, case.h), case.t)
-    layouts = parts[0].layout, parts[1].layout
-    pages = Pages(pool, table, lengths, *layouts, k.recipe(case.d), v.recipe(case.d))
+    pages = Pages(pool, table, lengths, k_layout, v_layout, *recipes)
     return pages, (said[0], said[1])
 
 
 def scattered(pages: Pages) -> Pages:
     """The same tokens with their pages anywhere in the pool, as an engine leaves them that shares it between users."""
     place = torch.randperm(len(pages.pool), generator=torch.Generator().manual_seed(1))
-    pool = torch.empty_like(pages.pool)
+    pool = new_pool(len(pages.pool), pages.pool.shape[1], pages.pool.device)
     pool[place] = pages.pool
     return replace(pages, pool=pool, table=place.to(torch.int32)[pages.table.long()])
 

@@ -87,7 +87,7 @@ def _native(x: torch.Tensor, bits: int) -> dict[str, Callable[[], Any]]:
 
 
 def _keys_layout(codec: Codec, d: int) -> Layout:
-    return ops.ordered(codec.layout(d), codec.recipe(d), "k", torch.device("cpu"))
+    return codec.layout(d).ordered(native.order(codec.layout(d), codec.recipe(d), "k"))
 
 
 def encode(bits: int = 3, d: int = 128, vectors: int = 131_072, stages: Stages | None = None) -> EncodeBench:

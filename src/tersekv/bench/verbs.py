@@ -11,26 +11,41 @@ bench = App(name="bench", help="Measure speed: parity first, then medians of int
 
 @bench.command(name="encode")
 def bench_encode(
-    *, bits: int = 3, d: int = 128, vectors: int = 131_072, out: Path | None = None, json: Json = False
+    *,
+    bits: int = 3,
+    d: int = 128,
+    vectors: int | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+    json: Json = False,
 ) -> None:
-    """Vectors a second of the NumPy, torch and native encoders.
+    """Vectors a second of the NumPy, torch and native encoders, or of the CUDA kernels.
 
     Parameters
     ----------
     bits
-        Bits of a code.
+        Bits of a code; on a GPU several codecs run instead.
     d
         Head dim.
     vectors
-        How many fp32 vectors to encode in each round.
+        How many vectors to encode in each round: fp32, by default 131,072; on a GPU bf16, by default 4,194,304.
+    device
+        cpu or cuda.
     out
         Write the record to this JSON file.
     """
-    from tersekv.bench.encode import encode
     from tersekv.record import write
 
-    with Stages() as stages:
-        result = encode(bits, d, vectors, stages)
+    if device == "cpu":
+        from tersekv.bench.encode import encode
+
+        with Stages() as stages:
+            result = encode(bits, d, vectors or 131_072, stages)
+    else:
+        from tersekv.bench import gpu_run
+        from tersekv.bench.gpu_tables import GpuResult
+
+        result = GpuResult(gpu_run.encode(d, vectors or 4_194_304, device))
     if out is not None:
         write(result.as_dict(), out)
     show(result, json)
@@ -57,7 +72,8 @@ def bench_attend(
     Parameters
     ----------
     run
-        A TOML run file with grids of cases, see runs/attend.toml. Without one, the next six options make a grid.
+        A TOML run file with grids of cases, see runs/attend.toml, or runs/attend-cuda.toml for a GPU. Without one, the
+        next six options make a grid.
     bits
         Bits of our codes. This and the next four are lists with commas: every combination is a case.
     d
@@ -75,18 +91,26 @@ def bench_attend(
     isa
         Our instruction sets, the first one for all rows. Default: the best one, and avx2.
     device
-        cpu. Other devices have no kernels yet.
+        cpu or cuda.
     out
         Write the record to this JSON file.
     """
-    from tersekv.bench.attend import attend, grid_of, read_grids
-    from tersekv.bench.attend_tables import AttendResult
     from tersekv.record import write
 
     lists = {"bits": bits, "d": d, "heads": heads, "tokens": tokens, "new_tokens": new_tokens}
-    grids = read_grids(run) if run else [grid_of(lists, rounds)]
     with Stages() as stages:
-        result = AttendResult(attend(grids, threads, [name for name in isa.split(",") if name], stages, device=device))
+        if device == "cpu":
+            from tersekv.bench.attend import attend, grid_of, read_grids
+            from tersekv.bench.attend_tables import AttendResult
+
+            grids = read_grids(run) if run else [grid_of(lists, rounds)]
+            result = AttendResult(attend(grids, threads, [name for name in isa.split(",") if name], stages))
+        else:
+            from tersekv.bench import gpu_run
+            from tersekv.bench.gpu_tables import GpuResult
+
+            gpu_grids = gpu_run.read_grids(run) if run else [gpu_run.grid_of(lists, rounds)]
+            result = GpuResult(gpu_run.attend(gpu_grids, device, stages))
     if out is not None:
         write(result.as_dict(), out)
     show(result, json)

@@ -2,8 +2,7 @@
 
 Value = code * scale + zero (asymmetric), or (code - 2^(bits-1)) * scale (symmetric). Scale and zero are stored as
 fp16 and codes are taken against the *stored* ones, so no decoder sees a scale the encoder did not. Rounding is half
-to even. `axis=channel` is the key half of KIVI (arXiv 2402.02750, section 3.2) with a group of one block; here both
-axes exist for either side so that they can be compared.
+to even. Both axes exist for either side, so that they can be compared; `kivi` is this with that paper's choices.
 """
 
 from dataclasses import dataclass

@@ -16,18 +16,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
-from tersekv.ops import rotate as fast_rotate
-from tersekv.ops import unrotate as fast_unrotate
 from tersekv.ops.encoders import TableEncoder
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
-from tersekv.ops.recipe import Grid
+from tersekv.ops.recipe import Grid, Recipe
 from tersekv.ops.sums import channel_sum, root, token_sum, unit_scale
 from tersekv.packed import Packed
 from tersekv.rotation import rotate, signs
@@ -51,16 +49,20 @@ class Rotated(Codec):
         check_choice("scale", self.scale, ("unbiased", "norm"))
         check_choice("scale_kind", self.scale_kind, ("log8", "fp16"))
 
+    @property
+    def rotation(self) -> int:
+        return self.seed
+
     def layout(self, d: int) -> Layout:
         planes = [*codes_and_scale(d, self.bits, self.scale_kind)]
         if self.mean == "block":
             planes += [Plane("channel_zero", 1, d, 8, "int8"), Plane("channel_zero_step", 1, 1, 16, "fp16")]
         return Layout(d, tuple(planes))
 
-    def recipe(self, d: int) -> Grid:
+    def recipe(self, d: int) -> Recipe:
         return Grid(tuple(table(self.bits, d).tolist()))
 
-    def encoder(self, d: int) -> TableEncoder:
+    def encoder(self, d: int) -> TableEncoder | None:
         return TableEncoder(
             thresholds=tuple(lloyd_max(self.bits, d)[1].tolist()),
             centroids=tuple(table(self.bits, d).tolist()),
@@ -77,24 +79,22 @@ class Rotated(Codec):
             planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
             y = y - (steps * step)[..., None, :]
         energy = channel_sum(y * y)
-        codes = nearest(y * unit_scale(root(energy), d)[..., None], lloyd_max(self.bits, d)[1])
+        codes, centroids = self.quantised(y * unit_scale(root(energy), d)[..., None])
         planes["codes"] = pack_codes(codes.flatten(-2), self.bits)
-        planes["scale"] = to_bytes(self._token_scale(y, codes, energy), self.scale_kind)
+        planes["scale"] = to_bytes(self._token_scale(y, centroids, energy), self.scale_kind)
         return Packed.assemble(self.layout(d), planes)
 
-    def _token_scale(self, y: Tensor, codes: Tensor, energy: Tensor) -> Tensor:
-        d = y.shape[-1]
+    def quantised(self, z: Float[Tensor, "*lead d"]) -> tuple[UInt8[Tensor, "*lead d"], Float[Tensor, "*lead d"]]:
+        """Codes of tokens of variance 1, and what they stand for."""
+        d = z.shape[-1]
+        codes = nearest(z, lloyd_max(self.bits, d)[1])
+        return codes, torch.from_numpy(table(self.bits, d)).to(z.device)[codes.int()]
+
+    def _token_scale(self, y: Tensor, centroids: Tensor, energy: Tensor) -> Tensor:
         if self.scale == "norm":
-            return root(energy) * np.float32(d**-0.5).item()
-        centroids = torch.from_numpy(table(self.bits, d)).to(y.device)[codes.int()]
+            return root(energy) * np.float32(y.shape[-1] ** -0.5).item()
         along = channel_sum(y * centroids)  # positive unless y is zero: every code has its value's sign
         return torch.where(along > 0, energy / along, 0)
-
-    def fold_query(self, q: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_rotate(q, self.seed)
-
-    def unfold_output(self, o: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-        return fast_unrotate(o, self.seed)
 
 
 def _eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:

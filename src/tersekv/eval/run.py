@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tersekv.describe import Info
 from tersekv.errors import InputError
 from tersekv.eval.runfile import RunFile
 from tersekv.eval.samples import RunDirectory
@@ -42,7 +43,7 @@ def _one_model(settings: RunFile, model: str, folder: Path, stages: Stages) -> d
 
 
 def make_record(
-    directory: RunDirectory, settings: RunFile, items: dict[str, list[str]], bits: dict[str, dict[str, float]]
+    directory: RunDirectory, settings: RunFile, items: dict[str, list[str]], bits: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """From the manifest and the samples alone: a run that was killed and went on gives the same record."""
 
@@ -79,15 +80,21 @@ def _read_text(path: str) -> str:
         raise InputError(f"{path} cannot be read as text: {error}. Give a UTF-8 file with --text FILE.") from error
 
 
-def _bits(subject: Subject) -> dict[str, dict[str, float]]:
-    """Bits a value of the packed tokens alone: nominal, and with all scales, zeros, means and padding."""
+def _bits(subject: Subject) -> dict[str, dict[str, Any]]:
+    """Of packed tokens alone: nominal bits a value, bits with all scales, zeros, means and padding; what reads them."""
     d = head_dim(subject.model.config.get_text_config(decoder=True))
-    found = {}
-    for text, spec in subject.specs.items():
-        sides = [] if spec is None else [spec.k.layout(d), spec.v.layout(d)]
-        names = {"nominal_bits": "nominal_bits", "body_bits": "bits_per_value"}
-        found[text] = {name: sum(getattr(x, of) for x in sides) / 2 if sides else 16.0 for name, of in names.items()}
-    return found
+    return {text: _body(spec, d) for text, spec in subject.specs.items()}
+
+
+def _body(spec: Spec | None, d: int) -> dict[str, Any]:
+    if spec is None:
+        return {"nominal_bits": 16.0, "body_bits": 16.0}
+    info = Info(spec, d)
+    nominal, body = (
+        sum(getattr(x, name) for x in info.layouts.values()) / 2 for name in ("nominal_bits", "bits_per_value")
+    )
+    recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
+    return {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
 
 
 def _manifest(settings: RunFile, subject: Subject) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.layer import Handle
-from tersekv.store import Padding
+from tersekv.store import Padding, Store
 
 # Attention functions are named ROUTE:FORMER.
 ROUTES = {"fused": "tersekv", "exact": "tersekv_exact", "decoded": "tersekv_decoded"}
@@ -36,10 +36,10 @@ class ChunkMask:
 
     @cached_property
     def padding(self) -> Padding:
-        """Tokens at the left of the chunk that the host masks out, for each sequence."""
+        """Tokens at the left of the chunk that the host masks out, for each sequence; None if it masks out none."""
         mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
         if mask is None:
-            return np.zeros(self.arguments["batch_size"], dtype=np.int64)
+            return None
         fresh = mask[:, -n:].bool().cpu().numpy()
         padding = n - fresh.sum(-1)
         if not (fresh == (np.arange(n) >= padding[:, None])).all():
@@ -47,7 +47,7 @@ class ChunkMask:
                 "The attention mask hides tokens in the middle or at the right of the new ones. A packed cache takes "
                 'left padding only: use tokenizer.padding_side = "left".'
             )
-        return padding
+        return padding if padding.any() else None
 
     @cached_property
     def shown(self) -> np.ndarray | None:
@@ -55,12 +55,12 @@ class ChunkMask:
         mask, n = self.arguments["attention_mask"], self.arguments["q_length"]
         return None if mask is None else mask[:, : mask.shape[1] - n].sum(-1).cpu().numpy()
 
-    def check(self, real: np.ndarray) -> None:
+    def check(self, store: Store) -> None:
         """Raise InputError if the mask hides other stored tokens than those that were padding when they came."""
-        counted = self.shown
-        if counted is not None and (counted != real).any():
+        if self.shown is not None and not np.array_equal(self.shown, store.lengths):
             raise InputError(
-                f"The attention mask shows {counted.tolist()} stored tokens, but the cache holds {real.tolist()}. "
+                f"The attention mask shows {self.shown.tolist()} stored tokens, but the cache holds "
+                f"{store.lengths.tolist()}. "
                 "Pass the mask of the whole conversation, unchanged for the part already seen."
             )
 
@@ -95,14 +95,14 @@ def _forward(
     if not isinstance(key, Handle):
         mask = attention_mask.dense if isinstance(attention_mask, ChunkMask) else attention_mask
         return former_attention(module, former)(module, query, key, value, mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     try:
         padding = _padding(key, attention_mask, kwargs)
+        out = key.layer.extend(query, key, padding, scale, route)
     except InputError:
         key.layer.cache.rollback()
         raise
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = key.layer.extend(query, key, padding, scale, route)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None  # native code has written it in this order
 
 
 def _padding(key: Handle, mask: ChunkMask | Tensor | None, kwargs: dict[str, Any]) -> Padding:
@@ -111,9 +111,9 @@ def _padding(key: Handle, mask: ChunkMask | Tensor | None, kwargs: dict[str, Any
         if kwargs.get(name) is not None:
             raise InputError(f"Layer {key.layer.index} uses {name}, which packed attention does not compute.")
     if mask is None:
-        return np.zeros(len(key.k), dtype=np.int64)
+        return None
     if isinstance(mask, ChunkMask):
-        mask.check(key.layer.opened().lengths)
+        mask.check(key.layer.opened_for(key.k, key.v))
         return mask.padding
     raise InputError(
         f"Layer {key.layer.index} was given a custom attention mask of shape {tuple(mask.shape)}. Packed attention is "

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class PackedCache(Cache):
         return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if layer_idx == min(self._before, default=layer_idx):
+        if layer_idx == next(iter(self._before), layer_idx):  # the layer with which the pass under way began
             self._begin(key_states.shape[2])
         self._before[layer_idx] = _snapshot(self.layers[layer_idx])
         try:
@@ -79,9 +80,13 @@ class PackedCache(Cache):
 
     def finished(self, layer_idx: int) -> None:
         """A layer has stored its tokens; after the last one the forward pass can no longer be rolled back."""
-        # DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store.
-        if layer_idx == max(i for i, layer in enumerate(self.layers) if type(layer).__name__ != "DummyLayer"):
+        if layer_idx == self._last:
             self._before = {}
+
+    @cached_property
+    def _last(self) -> int:
+        """DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store."""
+        return max(i for i, layer in enumerate(self.layers) if type(layer).__name__ != "DummyLayer")
 
     def rollback(self) -> None:
         """Undo a forward pass that stopped half-way: every layer returns to its state before it, exactly."""

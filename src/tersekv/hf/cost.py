@@ -59,8 +59,9 @@ def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
     packed = [layer for layer in layers if type(layer) is DynamicLayer]
     token = 2 * heads * d * BF16
     window = sum(min(layer.sliding_window - 1, tokens) for layer in layers if getattr(layer, "is_sliding", False))
-    blocks = max(tokens - spec.policy.sink - spec.policy.recent, 0) // k.block
-    bytes_packed = blocks * heads * (k.nbytes + v.nbytes) + (tokens - blocks * k.block) * token
+    held = spec.policy.held(tokens)
+    blocks = spec.policy.blocks(held, k.block)
+    bytes_packed = blocks * heads * (k.nbytes + v.nbytes) + (held - blocks * k.block) * token
     return {
         "context": tokens,
         "head_dim": d,

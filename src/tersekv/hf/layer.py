@@ -1,6 +1,5 @@
 """One packed attention layer as transformers sees it."""
 
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,10 +29,10 @@ class Slots:
     """The host's view of a cache: every sequence has `total` slots, of which padding was never stored."""
 
     total: int = 0
-    padded: tuple[tuple[int, Padding], ...] = ()  # chunks that were padded at their left: first slot, pads a sequence
+    padded: tuple[tuple[int, Int[np.ndarray, "b"]], ...] = ()  # left-padded chunks: first slot, pads a sequence
 
     def grown(self, n: int, padding: Padding) -> "Slots":
-        note = ((self.total, padding),) if padding.any() else ()
+        note = () if padding is None else ((self.total, padding),)
         return Slots(self.total + n, self.padded + note)
 
     def real(self, total: int, b: int) -> Int[np.ndarray, "b"]:
@@ -95,30 +94,36 @@ class PackedLayer(CacheLayerMixin):
             raise InputError(f"Layer {self.index} holds no tokens yet. Run the model once with this cache.")
         return self.store
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.store is not None:
-            check_like(self.index, self.store.tiers.dense["recent"].k, key_states)
-        check_finite(self.index, self.slots.total, key_states, value_states)
+    def opened_for(self, key_states: Tensor, value_states: Tensor) -> Store:
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-        store = self.opened()
+        return self.opened()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if self.store is not None:
+            check_like(self.index, self.store.like, key_states)
         if self.cache.attached():
             handle = Handle(self, key_states, value_states)
             return handle, handle
+        check_finite(self.index, self.slots.total, key_states, value_states)
+        store = self.opened_for(key_states, value_states)
         if self.slots.padded:
             raise InputError(
                 f"Layer {self.index} holds a left-padded batch, whose padding is not stored, so it cannot be unpacked "
                 "into the host's slots. Run inside `with tersekv.attached(model):`."
             )
         old = store.decoded()
-        padding = np.zeros(len(key_states), dtype=np.int64)
-        store.append(key_states, value_states, padding)
-        self.slots = self.slots.grown(key_states.shape[2], padding)
+        store.append(key_states, value_states, None)
+        self.slots = self.slots.grown(key_states.shape[2], None)
         return torch.cat((old.k, key_states), 2), torch.cat((old.v, value_states), 2)
 
     def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, route: str) -> Tensor:
-        """Attention output for the handle's tokens, which are stored."""
-        out = self.opened().extend(q, handle.k, handle.v, padding, scale, route)
+        """Attention output for the handle's tokens, which are stored. Raises InputError for NaN and Inf."""
+        store = self.opened_for(handle.k, handle.v)
+        out = store.step(q, handle.k, handle.v, scale, route) if padding is None else None
+        if out is None:
+            check_finite(self.index, self.slots.total, handle.k, handle.v)
+            out = store.extend(q, handle.k, handle.v, padding, scale, route)
         self.slots = self.slots.grown(q.shape[2], padding)
         self.cache.finished(self.index)
         return out
@@ -158,15 +163,15 @@ class PackedLayer(CacheLayerMixin):
         self.slots, self.store, self.is_initialized = Slots(), None, False
 
     def snapshot(self) -> tuple[Any, ...]:
-        """The state, by reference: tiers are immutable, so `restore` is exact and costs nothing."""
-        return self.slots, copy(self.store)
+        """The state, by reference: nothing of it is ever changed, so `restore` is exact and costs nothing."""
+        return self.slots, self.store, self.store and self.store.state
 
     def restore(self, state: tuple[Any, ...]) -> None:
-        self.slots, self.store = state
-        self.is_initialized = self.store is not None
-        if self.store is not None:
-            held = self.store.tiers.dense["recent"].k
-            self.dtype, self.device = held.dtype, held.device
+        self.slots, store, held = state
+        self.store = store and store.at(held)
+        self.is_initialized = store is not None
+        if store is not None:
+            self.dtype, self.device = store.like.dtype, store.like.device
 
     def offload(self) -> None:
         raise InputError("Offloading a packed layer is not supported. Use a DynamicCache(offloading=True) instead.")

@@ -1,15 +1,18 @@
 """Operations that have more than one implementation, and which of them runs where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops import attention as reference
-from tersekv.ops import native
-from tersekv.ops.encoding import encode, repack, rotate, unrotate
+from tersekv.ops import cuda, native
+from tersekv.ops.encoding import encode, repack, rotate, rotation_signs, unrotate
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Recipe
 
@@ -21,24 +24,75 @@ __all__ = [
     "attend_causal",
     "attend_dense",
     "attend_pages",
+    "dense_part",
     "encode",
     "explain",
+    "few_on_processor",
     "implementation",
     "implementation_of",
     "merge",
+    "new_pool",
     "ordered",
+    "page_layouts",
+    "pages_part",
+    "refusals",
     "repack",
     "rotate",
+    "step",
+    "tail",
     "unrotate",
 ]
 
 FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's matrix products
+KERNELS = {"cpu": native, "cuda": cuda}  # by the type of device
 attend_alone = reference.attend_alone
+step, tail = native.step, native.tail
 
 
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
     """The layout of a side ("k" or "v") in the storage order of the kernels that run on a device."""
-    return layout.ordered(native.order(layout, recipe, side)) if device.type == "cpu" else layout
+    return layout.ordered(KERNELS[device.type].order(layout, recipe, side)) if device.type in KERNELS else layout
+
+
+def dense_part(k: Tensor, v: Tensor, lengths: Int[np.ndarray, "b h"]) -> Any:
+    """Dense tokens as `step` takes them; None if it cannot."""
+    fits = native.missing() is None and k.device.type == "cpu" and k.dtype in native.DTYPES
+    return native.dense_part(k, v, lengths) if fits else None
+
+
+def pages_part(pages: Pages, k_rotation: int | None, v_rotation: int | None) -> Any:
+    """Pages as `step` takes them, with the seeds of the rotations into the domain of their codes; or None."""
+    d = pages.k_layout.d
+    seeds = [seed for seed in (k_rotation, v_rotation) if seed is not None]
+    if not native.reads(pages) or (seeds and d % 16):
+        return None
+    signs = [None if seed is None else rotation_signs(d, seed, pages.pool.device) for seed in (k_rotation, v_rotation)]
+    return native.pages_part(pages, *signs)
+
+
+def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:
+    """Uninitialised memory for pages (pages, nbytes), uint8."""
+    if device.type == "cpu" and native.missing() is None:
+        return native.new_pool(pages, nbytes)
+    return torch.empty(pages, nbytes, dtype=torch.uint8, device=device)
+
+
+def page_layouts(sides: Mapping[str, tuple[Layout, Recipe]], device: torch.device) -> tuple[Layout, ...]:
+    """The layouts of the sides "k" and "v", ordered for the kernels on a device; linear if these cannot read both.
+
+    For whatever attends to a page reads both its sides.
+    """
+    if refusals(sides, device.type):
+        return tuple(layout for layout, _ in sides.values())
+    return tuple(ordered(layout, recipe, side, device) for side, (layout, recipe) in sides.items())
+
+
+def refusals(sides: Mapping[str, tuple[Layout, Recipe]], device: str = "cpu") -> str:
+    """Why the kernels of a kind of device cannot read pages of these sides; empty if they can, or if there are none."""
+    if device not in KERNELS:
+        return ""
+    names, refusal = {"k": "keys", "v": "values"}, KERNELS[device].refusal
+    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := refusal(*given)))
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:
@@ -48,21 +102,27 @@ def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> 
     """
     if native.reads(pages):
         return native.attend_pages(q, pages, scale, exact)
+    if cuda.reads(pages) and not exact:
+        return cuda.attend_pages(q, pages, scale)
     return reference.attend_pages(q, pages, scale)
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Partial:
     """Attention over the first `lengths` tokens (b, h) of dense keys and values."""
-    if _native_runs(q):
+    if few_on_processor(q):
         return native.attend_dense(q, k, v, lengths, scale, torch.zeros(len(q), dtype=torch.int64), False)
+    if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
+        return cuda.attend_dense(q, k, v, _counted(lengths, k.shape[2]), scale, None, False)
     return reference.attend_dense(q, k, v, lengths, scale)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float) -> Partial:
     """Attention of new tokens among themselves; the first `padding` (b) of each sequence are seen by nobody."""
-    if _native_runs(q):
+    if few_on_processor(q):
         lengths = torch.full(k.shape[:2], k.shape[2], dtype=torch.int64)
         return native.attend_dense(q, k, v, lengths, scale, padding, True)
+    if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
+        return cuda.attend_dense(q, k, v, None, scale, _counted(padding, 0), True)
     return reference.attend_causal(q, k, v, padding, scale)
 
 
@@ -71,12 +131,18 @@ def merge(parts: Iterable[Partial]) -> Partial:
     whole = list(parts)
     if native.missing() is None and whole[0][0].device.type == "cpu":
         return native.merge(whole)
-    return reference.merge(whole)
+    return cuda.merge(whole) if cuda.joins(whole) else reference.merge(whole)
 
 
-def _native_runs(q: Tensor) -> bool:
+def _counted(counts: Tensor, usual: int) -> Tensor | None:
+    """None if all counts are the usual one: most calls need no copy to the device."""
+    return None if counts.device.type == "cpu" and bool((counts == usual).all()) else counts
+
+
+def few_on_processor(q: Tensor) -> bool:
+    """Whether native code attends from these queries to dense tokens."""
     fits = q.shape[2] <= FEW_QUERIES and q.shape[3] <= native.MAX_HEAD_DIM and q.shape[3] % 8 == 0
-    return fits and native.missing() is None and q.device.type == "cpu"
+    return fits and native.missing() is None and q.device.type == "cpu" and q.dtype in native.DTYPES
 
 
 @dataclass(frozen=True)
@@ -91,10 +157,13 @@ class Implementation:
 def explain(device: str = "cpu") -> list[Implementation]:
     """Every implementation for a kind of device ("cpu", "cuda", "mps", ...), the one that runs first."""
     slow = Implementation("reference", True, "PyTorch in fp32, any device; it specifies the result and is slow.")
+    if device == "cuda":
+        if why := cuda.missing():
+            return [slow, Implementation("CUDA", False, why)]
+        return [Implementation("CUDA", True, "CUDA C++ kernels in 8-bit integers, compiled at first use."), slow]
     if device != "cpu":
-        kernels = {"cuda": "CUDA"}.get(device, device)
-        why = f"This version has no {kernels} kernels yet; the reference runs instead."
-        return [slow, Implementation(kernels, False, why)]
+        why = f"This version has no {device} kernels; the reference runs instead."
+        return [slow, Implementation(device, False, why)]
     if why := native.missing():
         return [slow, Implementation("native", False, why)]
     rows = [
@@ -113,8 +182,8 @@ def implementation(device: str = "cpu") -> str:
 
 def implementation_of(pages: Pages) -> str:
     """What attends to these pages: the reference names why nothing faster does."""
-    if native.reads(pages):
-        return implementation("cpu")
-    sides = (("keys", pages.k_layout, pages.k_recipe), ("values", pages.v_layout, pages.v_recipe))
-    reasons = [f"{side}: {why}" for side, layout, recipe in sides if (why := native.refusal(layout, recipe))]
-    return f"reference ({'; '.join(reasons)})" if reasons else "reference"
+    device = pages.pool.device.type
+    if device in KERNELS and KERNELS[device].reads(pages):
+        return implementation(device)
+    reasons = refusals({"k": (pages.k_layout, pages.k_recipe), "v": (pages.v_layout, pages.v_recipe)}, device)
+    return f"reference ({reasons})" if reasons else "reference"

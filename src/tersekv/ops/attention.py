@@ -19,13 +19,14 @@ TILE_QUERIES = 256
 def attend_dense(
     q: Float[Tensor, "b hq n d"],
     k: Float[Tensor, "b h t d"],
-    v: Float[Tensor, "b h t d"],
+    v: Float[Tensor, "b h t e"],
     lengths: Int[Tensor, "b h"],
     scale: float,
     visible: Bool[Tensor, "b n t"] | None = None,
 ) -> Partial:
     """softmax(q k^T * scale) v over the first `lengths` tokens, where `visible` allows; fp32 throughout.
 
+    Keys and values may have another width each, as some codecs fold them.
     A query that sees nothing gives output 0 and log-sum-exp -inf. What lies beyond `lengths` is never used, be it NaN.
     """
     b, hq, n, d = q.shape
@@ -39,7 +40,7 @@ def attend_dense(
     scores = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
-    out = torch.matmul(weights.flatten(2, 3), v).view(b, hq, n, d)
+    out = torch.matmul(weights.flatten(2, 3), v).view(b, hq, n, v.shape[-1])
     return out, lse.view(b, hq, n)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tersekv import packed as reference
 from tersekv import rotation
 from tersekv.layout import Layout
+from tersekv.ops import cuda
 from tersekv.ops import native_encoding as native
 from tersekv.packed import Packed
 
@@ -23,37 +25,44 @@ def encode(
     codec: Codec, x: Float[Tensor, "*lead block d"], layout: Layout, out: UInt8[Tensor, "*lead n"] | None = None
 ) -> Packed:
     """The bytes of `codec.encode(x)` in the order of `layout`, written to `out` if it is given. `x` may be strided."""
-    encoder = codec.encoder(layout.d)
-    if encoder is None or not native.writes(encoder, layout, codec.recipe(layout.d), x):
+    encoder, recipe = codec.encoder(layout.d), codec.recipe(layout.d)
+    kernels = next((k for k in (native, cuda) if encoder is not None and k.writes(encoder, layout, recipe, x)), None)
+    if encoder is None or kernels is None:
         packed = repack(codec.encode(x), layout.order)
         return packed if out is None else Packed(layout, out.copy_(packed.data))
     if out is None:
-        out = torch.empty(*x.shape[:-2], layout.nbytes, dtype=torch.uint8)
-    native.encode(encoder, x, layout, out)
+        out = torch.empty(*x.shape[:-2], layout.nbytes, dtype=torch.uint8, device=x.device)
+    kernels.encode(encoder, x, layout, out)
     return Packed(layout, out)
 
 
 def repack(packed: Packed, order: str) -> Packed:
     """As `packed.repack`: the same codes in another storage order."""
-    if packed.layout.order == order or not native.repacks(packed):
-        return reference.repack(packed, order)
-    return native.repack(packed, order)
+    if packed.layout.order == order:
+        return packed
+    if native.repacks(packed, order):
+        return native.repack(packed, order)
+    return cuda.repack(packed, order) if cuda.repacks(packed) else reference.repack(packed, order)
 
 
 def rotate(x: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.rotate`, bit for bit."""
-    if native.rotates(x):
-        return native.rotate(x, _signs(x.shape[-1], seed), back=False)
+    if kernels := _rotating(x):
+        return kernels.rotate(x, rotation_signs(x.shape[-1], seed, x.device), back=False)
     return rotation.rotate(x, seed)
 
 
 def unrotate(y: Float[Tensor, "*lead d"], seed: int) -> Float[Tensor, "*lead d"]:
     """As `rotation.unrotate`, bit for bit."""
-    if native.rotates(y):
-        return native.rotate(y, _signs(y.shape[-1], seed), back=True)
+    if kernels := _rotating(y):
+        return kernels.rotate(y, rotation_signs(y.shape[-1], seed, y.device), back=True)
     return rotation.unrotate(y, seed)
 
 
+def _rotating(x: Tensor) -> ModuleType | None:
+    return next((kernels for kernels in (native, cuda) if kernels.rotates(x)), None)
+
+
 @lru_cache
-def _signs(d: int, seed: int) -> Tensor:
-    return torch.from_numpy(rotation.signs(d, seed))
+def rotation_signs(d: int, seed: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(rotation.signs(d, seed)).to(device)

@@ -11,7 +11,7 @@ from torch._C import _to_dlpack as array  # ten times quicker than nanobind's ow
 from tersekv.errors import InputError
 from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Dense, Recipe
+from tersekv.ops.recipe import Dense, Grid, Recipe
 
 if find_spec("tersekv._native") is None:  # installed without a compiler
     _native: Any = None
@@ -19,6 +19,7 @@ else:
     from tersekv import _native
 
 MAX_HEAD_DIM = 512  # of the scratch memory in `native/kernels.h`
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ORDERS = {"k": "simd_k", "v": "simd_v"}
 TAKEN = (
     "Allowed, in memory: q (b, hq, n, d); pool (pages, bytes) uint8; table (b, h, blocks) int32; lengths (b, h) int64; "
@@ -44,10 +45,12 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):
         return None
+    if recipe.name != "grid":
+        return f"recipe {recipe.name}: they read dense and grid."
     if not layout.takes("simd_k"):
-        return (
-            f"{layout.nominal_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
-        )
+        return f"{layout.code_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
+    if layout.plane("codes").cols != layout.d:
+        return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
         whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
         if plane.name in ("scale", "zero", "channel_scale", "channel_zero") and (plane.rows, plane.cols) != whole:
@@ -78,51 +81,92 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(recipe, Dense):
         return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
+    assert isinstance(recipe, Grid)  # for the type checker: `refusal` let it through
     codes = layout.offsets["codes"]
-    return _native.Side(layout.nominal_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
+    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:
     return plane.name, plane.kind, layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:-1], dtype=torch.float32)
-
-
-def _call(kernel: Any, arrays: dict[str, Tensor], *options: Any) -> None:
-    """Run a kernel, or raise InputError: C++ checks every value, nanobind the types, before anything is read.
-
-    Only keys and values may be strided, because they are the only ones that are large.
-    """
+def _call(kernel: Any, arrays: dict[str, Any], *options: Any) -> Any:
+    """Run a kernel, or raise InputError: C++ checks every value, nanobind the types, before anything is read."""
     try:
-        given = [array((x if name in "kv" else x.contiguous()).detach()) for name, x in arrays.items()]
-        kernel(*given, *options)
+        return kernel(*[array(x.detach()) if isinstance(x, Tensor) else x for x in arrays.values()], *options)
     except ValueError as error:
         raise InputError(str(error)) from None
     except TypeError:
-        what = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in arrays.items())
+        tensors = {name: x for name, x in arrays.items() if isinstance(x, Tensor)}
+        what = ", ".join(f"{name} {tuple(x.shape)} {x.dtype} on {x.device}" for name, x in tensors.items())
         raise InputError(f"The native kernels cannot take {what}. {TAKEN}") from None
+
+
+def pages_part(pages: Pages, k_signs: Tensor | None = None, v_signs: Tensor | None = None) -> Any:
+    """Pages as kernels take them, made once for many queries; the signs are of rotations that kernels then do."""
+    arrays = {name: getattr(pages, name).contiguous() for name in ("pool", "table", "lengths")}
+    k = _side(pages.k_layout, pages.k_recipe, 0)
+    v = _side(pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
+    signs = [None if x is None else array(x) for x in (k_signs, v_signs)]
+    return _call(_native.pages_part, arrays, k, v, *signs)
+
+
+def dense_part(k: Tensor, v: Tensor, lengths: Any, padding: Any = None, causal: bool = False) -> Any:
+    """Tokens `padding` (b) to `lengths` (b, h) of each sequence, int64; `causal`: the last are the queries' own."""
+    return _call(_native.dense_part, {"k": k, "v": v, "lengths": lengths, "padding": padding}, causal)
+
+
+def tail(k: Tensor, v: Tensor) -> Any:
+    """Room (b, h, room, d) for the tokens of steps."""
+    return _call(_native.Tail, {"k": k, "v": v})
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, parts: list[Any], tail: Any, held: int, scale: float, exact: bool, isa: str = ""
+) -> Tensor | None:
+    """Writes new tokens behind the first `held` of a tail, and attends to all parts and, causally, to the tail.
+
+    Folding, merging and rounding to the queries' dtype included. None, and nothing is written, if the tokens are not
+    finite, or not of the tail's shape and type.
+    """
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if torch.is_grad_enabled():
+        q, k, v = q.detach(), k.detach(), v.detach()
+    out = torch.empty_like(q)
+    try:
+        done = _native.step(
+            array(q), array(k), array(v), parts, tail, held, scale, exact, isa, torch.get_num_threads(), array(out)
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return out if done else None
+
+
+def attend(
+    q: Tensor, parts: list[Any], scale: float, exact: bool, out: Tensor, lse: Tensor | None, isa: str = ""
+) -> None:
+    """Attention over all parts, written to `out` (b, hq, n, d) and `lse` (b, hq, n)."""
+    arrays = {"q": q if q.stride(-1) == 1 else q.contiguous()}
+    end = None if lse is None else array(lse)
+    _call(_native.attend, arrays, parts, scale, exact, isa, torch.get_num_threads(), array(out), end)
+
+
+def _attend_one(q: Tensor, part: Any, scale: float, exact: bool, isa: str) -> Partial:
+    out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:-1], dtype=torch.float32)
+    attend(q, [part], scale, exact, out, lse, isa)
+    return out, lse
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa: str = "") -> Partial:
     """As `ops.attention.attend_pages`; codes of 1 to 4 bits are multiplied as int8 unless `exact`, and then as fp32."""
-    out, lse = _outputs(q)
-    k = _side(pages.k_layout, pages.k_recipe, 0)
-    v = _side(pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
-    arrays = {"q": q.float(), "pool": pages.pool, "table": pages.table, "lengths": pages.lengths}
-    _call(_native.attend_pages, arrays, k, v, scale, exact, isa, torch.get_num_threads(), array(out), array(lse))
-    return out, lse
+    return _attend_one(q, pages_part(pages), scale, exact, isa)
 
 
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, padding: Tensor, causal: bool, isa: str = ""
 ) -> Partial:
     """Of tokens `padding` to `lengths` of each sequence; `causal`: the last n are the queries' own."""
-    out, lse = _outputs(q)
-    arrays = {"q": q.float(), "k": k, "v": v, "lengths": lengths, "padding": padding}
-    _call(_native.attend_dense, arrays, causal, scale, isa, torch.get_num_threads(), array(out), array(lse))
-    return out, lse
+    return _attend_one(q, dense_part(k, v, lengths, padding, causal), scale, True, isa)
 
 
 def merge(parts: list[Partial]) -> Partial:
@@ -130,6 +174,13 @@ def merge(parts: list[Partial]) -> Partial:
     outs, lses = ([x.detach().contiguous() for x in xs] for xs in zip(*parts, strict=True))
     _call(_native.merge, {}, [array(x) for x in outs], [array(x) for x in lses])
     return outs[0], lses[0]
+
+
+def new_pool(pages: int, nbytes: int) -> Tensor:
+    """Room for pages, in large memory pages where the system has them: scattered pages are read a quarter faster."""
+    pool = torch.empty(pages, nbytes, dtype=torch.uint8)
+    _native.prefer_large_pages(array(pool))
+    return pool
 
 
 def read_memory(data: Tensor, streams: int, threads: int) -> None:

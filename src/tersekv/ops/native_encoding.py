@@ -15,7 +15,7 @@ from tersekv.ops.planes import log8_edges
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ORDERS = ("linear", *native.ORDERS.values())  # that C++ knows
 
 
 def _fits(d: int) -> bool:
@@ -25,7 +25,7 @@ def _fits(d: int) -> bool:
 def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
     """Whether `encode` can run: values in memory, and planes such as the kernels read."""
     whole = layout.block == BLOCK and _fits(layout.d) and native.refusal(layout, recipe) is None
-    return whole and x.device.type == "cpu" and x.dtype in DTYPES
+    return whole and layout.order in ORDERS and x.device.type == "cpu" and x.dtype in native.DTYPES
 
 
 def encode(
@@ -54,13 +54,13 @@ def _encoder(encoder: Encoder, layout: Layout) -> Any:
 
 
 def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
-    return layout.d, layout.nominal_bits, layout.order, layout.offsets["codes"], layout.nbytes
+    return layout.d, layout.code_bits, layout.order, layout.offsets["codes"], layout.nbytes
 
 
-def repacks(packed: Packed) -> bool:
+def repacks(packed: Packed, order: str) -> bool:
     """Whether `repack` can run: codes in memory, in a width that has another order."""
     layout = packed.layout
-    known = "codes" in layout and layout.takes("simd_k") and _fits(layout.d)
+    known = "codes" in layout and {layout.order, order} <= set(ORDERS) and layout.takes("simd_k") and _fits(layout.d)
     return known and packed.data.device.type == "cpu" and sum(p.kind == "code" for p in layout.planes) == 1
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops.recipe import Recipe
-from tersekv.packed import Packed
+from tersekv.packed import Packed, repack
 
 TILE_VALUES = 2**22  # decoded at a time (16 MiB for each of K and V), so no call holds a dense copy of a history
 
-Partial = tuple[Float[Tensor, "b hq n d"], Float[Tensor, "b hq n"]]
+Partial = tuple[Float[Tensor, "b hq n e"], Float[Tensor, "b hq n"]]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Pages:
         for start in range(0, blocks, step):
             index = self.table[..., start : start + step].clamp(min=0).long()
             data = self.pool[index]
-            k = self.k_recipe.values(Packed(self.k_layout, data[..., :split])).flatten(2, 3)
-            v = self.v_recipe.values(Packed(self.v_layout, data[..., split:])).flatten(2, 3)
+            sides = Packed(self.k_layout, data[..., :split]), Packed(self.v_layout, data[..., split:])
+            k, v = (repack(side, "linear") for side in sides)
+            k, v = self.k_recipe.values(k).flatten(2, 3), self.v_recipe.values(v).flatten(2, 3)
             yield k, v, self.lengths - start * block

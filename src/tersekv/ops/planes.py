@@ -61,6 +61,8 @@ def to_bytes(x: Tensor, kind: str) -> UInt8[Tensor, "*lead n"]:
         return log8_codes(x)
     if kind == "int8":
         return x.to(torch.int8).contiguous().view(torch.uint8)
+    if kind == "index":
+        return x.to(torch.uint8)
     dtype = FLOATS[kind]
     limit = torch.finfo(dtype).max
     return x.float().clamp(-limit, limit).to(dtype).contiguous().view(torch.uint8)
@@ -76,6 +78,8 @@ def from_bytes(content: Tensor, kind: str) -> Tensor:
         return log8_values(content)
     if kind == "int8":
         return content.contiguous().view(torch.int8).float()
+    if kind == "index":
+        return content.float()
     return content.contiguous().view(FLOATS[kind]).float()
 
 

@@ -1,10 +1,15 @@
 """The arithmetic that kernels know. A codec names one; a kernel never sees a codec.
 
 dense   the stored values themselves
-grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional
+grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional;
+        first="channel": (table[code] * channel_scale + channel_zero) * scale + zero
+joined  the values of several recipes, each over planes of its own, side by side
+
+A method may bring a recipe of its own; only the reference reads it.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +17,18 @@ from torch import Tensor
 
 from tersekv.ops.planes import read, read_codes
 from tersekv.packed import Packed
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """Frozen and hashable: kernels keep what they made of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
+        """Decoded values in the codec's folded domain, fp32, from planes in the linear order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,20 +48,35 @@ class Grid:
     """Plane "codes" indexes `table`; a uniform quantiser's table is an arithmetic series."""
 
     table: tuple[float, ...]
-    name = "grid"
+    first: str = "token"  # whose scale and zero are applied to the table before the other's
 
-    def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
-        """Decoded values in the codec's folded domain, fp32."""
+    @property
+    def name(self) -> str:
+        return "grid" if self.first == "token" else "grid, channels first"
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
         codes = read_codes(packed)
         table = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
         x = table.index_select(0, codes.flatten().int()).view(codes.shape)
-        for scale, zero in (("scale", "zero"), ("channel_scale", "channel_zero")):
+        steps = [("scale", "zero"), ("channel_scale", "channel_zero")]
+        for scale, zero in steps if self.first == "token" else reversed(steps):
             x = _times(x, read(packed, scale))
             x = _plus(x, read(packed, zero))
         return x
 
 
-Recipe = Dense | Grid
+@dataclass(frozen=True)
+class Joined:
+    """`parts`: prefix of the planes, recipe. The folded domain is as wide as theirs together."""
+
+    parts: tuple[tuple[str, Recipe], ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(recipe.name for _, recipe in self.parts)
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block folded"]:
+        return torch.cat([recipe.values(packed.part(prefix)) for prefix, recipe in self.parts], -1)
 
 
 def _grouped(x: Tensor, coarse: Tensor) -> Tensor:

@@ -4,18 +4,21 @@ Attention sinks (StreamingLLM, arXiv 2309.17453) and a recent window (KIVI, arXi
 the codec at 4 bits and below; both are held in the model's precision and counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
 
 from tersekv.codec import Codec
-from tersekv.errors import SpecError
-from tersekv.tiers import DenseTier, PackedTier, Tiers
+from tersekv.dense_tier import DenseTier
+from tersekv.errors import InputError, SpecError
+from tersekv.packed_tier import PackedTier
+from tersekv.policy.base import Asked, Policy
+from tersekv.tiers import Evicted, Tiers
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Policy):
     """Keep the first `sink` and at least the last `recent` tokens dense."""
 
     sink: int = 4
@@ -27,10 +30,10 @@ class Window:
                 raise SpecError(f"{name}={getattr(self, name)} is negative. Give a number of tokens, 0 or more.")
 
     def tiers(self, k: Codec, v: Codec, empty: DenseTier) -> Tiers:
-        """The tiers of a layer that has seen no token."""
-        return Tiers({"sink": empty, "recent": empty}, {"packed": PackedTier.empty(k, v, empty)})
+        packed = PackedTier.empty(k, v, empty)
+        return Tiers({"sink": empty, "recent": empty}, {"packed": packed}, Evicted.none(empty.lengths))
 
-    def place(self, tiers: Tiers, fresh: DenseTier) -> Tiers:
+    def place(self, tiers: Tiers, fresh: DenseTier, asked: Asked | None = None) -> Tiers:
         """New tokens fill the sink, then the recent tier; its oldest whole blocks are packed."""
         sink, recent, packed = tiers.dense["sink"], tiers.dense["recent"], tiers.packed["packed"]
         missing = np.clip(self.sink - tiers.seen, 0, fresh.lengths)
@@ -42,23 +45,31 @@ class Window:
         if due.any():
             packed = packed.append(recent.take(np.zeros_like(due), due))
             recent = recent.take(due, recent.lengths - due).owned()
-        return Tiers({"sink": sink, "recent": recent}, {"packed": packed})
+        return replace(tiers, dense={"sink": sink, "recent": recent}, packed={"packed": packed})
 
     def room(self, tiers: Tiers) -> int:
-        """How many tokens every sequence can take before a block is due in one of them; at least 1."""
         to_sink = np.maximum(self.sink - tiers.seen, 0)
         to_recent = self.recent + tiers.packed["packed"].block - tiers.dense["recent"].lengths
         return int((to_sink + to_recent).min())
 
     def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:
-        """Keep the tokens at positions below `length`. A block that is cut through becomes dense for good: its kept
-        tokens move to the sink tier, so nothing is ever encoded twice.
+        """A block that is cut through becomes dense for good: its kept tokens move to the sink tier, so nothing is
+        ever encoded twice. Raises InputError where evicted tokens would belong to what is kept.
         """
         length = length[:, None]
+        if (gone := length < tiers.evicted.below).any():
+            kept = np.broadcast_to(length, gone.shape)[gone].min()
+            raise InputError(
+                f"A cache cannot return to its first {kept} tokens: some below position "
+                f"{tiers.evicted.below[gone].max()} were evicted. Prefill again, or use policy=window."
+            )
         sink, recent = tiers.dense["sink"].below(length), tiers.dense["recent"].below(length)
         packed = tiers.packed["packed"]
         whole = packed.tokens_below(length)
         if (whole < packed.lengths).any():
             cut = packed.decoded().take(whole, np.minimum(packed.lengths - whole, packed.block))
             sink, packed = sink.append(cut.below(length)), packed.keep(whole)
-        return Tiers({"sink": sink, "recent": recent}, {"packed": packed})
+        return replace(tiers, dense={"sink": sink, "recent": recent}, packed={"packed": packed})
+
+    def blocks(self, held: int, block: int) -> int:
+        return max(held - self.sink - self.recent, 0) // block

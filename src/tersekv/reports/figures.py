@@ -37,9 +37,9 @@ def family_and_label(spec: str) -> tuple[str, str]:
         name, _, options = print_codec(codec, side).partition(":")
         kept = [option for option in options.split(",") if option and not option.startswith("bits=")]
         families.append(" ".join([name, *kept]))
-        bits.append(codec.layout(64).nominal_bits)
+        bits.append(f"{codec.layout(64).nominal_bits:g}")
     k, v = families
-    policy = [word for word in spec.split() if word.startswith(("sink=", "recent="))]
+    policy = [word for word in spec.split() if word.startswith(("policy=", "sink=", "recent=", "keep="))]
     family = k if k.startswith(v) else f"{k} / {v}"
     return " ".join([family, *policy]), f"{bits[0]}" if bits[0] == bits[1] else f"K{bits[0]} V{bits[1]}"
 

@@ -26,19 +26,34 @@ def quality(record: Record) -> Table:
     """Bytes and logits, of the run file's first window length."""
     table = _table("spec", "nominal", "body", "held", "ratio", "KL", "KL p99", "top-1", "perplexity", whole=True)
     for row in record["rows"]:
-        x = headline(row)
-        assert x is not None, "`tables` offers this table for records with logits alone"
-        table.add_row(
-            row["spec"],
-            f"{row['nominal_bits']:g}",
-            f"{row['body_bits']:.2f}",
-            bytes_text(x["held"]),
-            f"{x['ratio16']:.2f}",
-            f"{x['kl_mean']:.4f}",
-            f"{x['kl_p99']:.3f}",
-            f"{100 * x['top1']:.1f} %",
-            f"{x['perplexity']:.3f}",
-        )
+        table.add_row(*_cells(row).values())
+    return table
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    x = headline(row)
+    assert x is not None, "`tables` offers this table for records with logits alone"
+    return {
+        "spec": row["spec"],
+        "nominal": f"{row['nominal_bits']:g}",
+        "body": f"{row['body_bits']:.2f}",
+        "held": bytes_text(x["held"]),
+        "ratio": f"{x['ratio16']:.2f}",
+        "KL": f"{x['kl_mean']:.4f}",
+        "KL p99": f"{x['kl_p99']:.3f}",
+        "top-1": f"{100 * x['top1']:.1f} %",
+        "perplexity": f"{x['perplexity']:.3f}",
+    }
+
+
+def methods(rows: list[dict[str, Any]]) -> Table:
+    """Rows of a record with the recipe and whether the kernels read it."""
+    names = ("nominal", "body", "held", "ratio", "KL", "top-1")
+    table = Table("spec", *(Column(name, justify="right") for name in names), "recipe", "kernels")
+    for row in rows:
+        known, cells = "recipe" in row, _cells(row)
+        readers = ("reference" if row["attention"].startswith("reference") else "native") if known else "torch"
+        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), readers)
     return table
 
 

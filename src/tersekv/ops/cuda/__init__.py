@@ -1,0 +1,30 @@
+"""CUDA kernels, compiled at first use: `compiler` makes and loads them, the other modules decide and launch.
+
+The same names as in `ops.native` and `ops.native_encoding`, so that `ops` can choose by device.
+"""
+
+from tersekv.ops.cuda.attending import ORDERS, attend_pages, order, reads, refusal
+from tersekv.ops.cuda.compiler import missing
+from tersekv.ops.cuda.encoding import encode, rotate, rotates, writes
+from tersekv.ops.cuda.joining import attend_dense, joins, merge
+from tersekv.ops.cuda.joining import reads as reads_dense
+from tersekv.ops.cuda.repacking import repack, repacks
+
+__all__ = [
+    "ORDERS",
+    "attend_dense",
+    "attend_pages",
+    "encode",
+    "joins",
+    "merge",
+    "missing",
+    "order",
+    "reads",
+    "reads_dense",
+    "refusal",
+    "repack",
+    "repacks",
+    "rotate",
+    "rotates",
+    "writes",
+]

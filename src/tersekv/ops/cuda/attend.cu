@@ -1,0 +1,104 @@
+// Attention of a few query rows over packed pages. Keys and values are operand A of 8-bit matrix instructions, queries
+// and weights are operand B: see docs/kernels-cuda.md. The sides K and V and the constants stand before this text.
+#include "join.cuh"
+#include "mix.cuh"
+#include "ring.cuh"
+#include "score.cuh"
+
+typedef Ring<SLOTS, SLOT_BYTES> Pages;
+
+struct Shared {
+  u64 copied[WARPS][SLOTS];
+  Queries queries[QUERIES];
+  float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
+};
+// The same number, in a register of its own: the compiler would write a constant, or one that all lanes share, anew for
+// each look-up. It does not know that a block has fewer threads.
+INLINE u32 hidden(u32 x) { return threadIdx.x > 1u << 30 ? 0 : x; }
+
+// The tables of both sides.
+struct Tables {
+  u32 k[4], v[4];
+  static constexpr bool SAME = K::T0 == V::T0 && K::T1 == V::T1 && K::T2 == V::T2 && K::T3 == V::T3;
+  INLINE Tables() : k{K::T0, K::T1, K::T2, K::T3}, v{V::T0, V::T1, V::T2, V::T3} {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      k[i] = hidden(k[i]);
+      v[i] = SAME ? k[i] : hidden(v[i]);
+    }
+  }
+};
+
+static_assert(sizeof(Sums) <= WARPS * Pages::BYTES, "sums lie where the rings were");
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const Arguments a) {
+  extern __shared__ __align__(128) u8 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory + WARPS * Pages::BYTES);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
+  const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
+  const i64 first_row = i64(sequence) * a.rows + head0;
+  const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
+  const int begin = int(i64(pages) * split / a.splits) + warp, end = int(i64(pages) * (split + 1) / a.splits);
+  const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;
+  const Pages ring(memory + warp * Pages::BYTES, shared.copied[warp]);
+
+  int ids = 0;  // the lanes hold the numbers of 32 pages
+  const u8* from = a.pool;
+  auto ask = [&](int side, int slot) {  // for keys (even) or values of a page, in the order in which they are used
+    const int i = side / 2;
+    if (side % 2 == 0) {
+      if (i % 32 == 0) ids = i + lane < count ? a.table[i64(sequence) * a.blocks + begin + (i + lane) * WARPS] : 0;
+      from = a.pool + i64(__shfl_sync(~0u, ids, i % 32)) * a.page_bytes;
+      ring.copy<K::BYTES>(slot, from, i < count);
+    } else {
+      ring.copy<V::BYTES>(slot, from + K::BYTES, i < count);
+    }
+  };
+#pragma unroll 1
+  for (int side = 0; side < SLOTS - 1; side++) ask(side, side);
+
+  for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
+    shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;
+  for (int row = warp; row < HEADS; row += WARPS) {
+    const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
+    const float scale = row < rows ? a.scale : 0;
+    if constexpr (BY_PAGE)
+      for (int c = lane; c < D; c += 32) shared.q[row][c] = q[c];
+    else quantise(q, nullptr, scale, row, shared.queries[0]);
+  }
+  __syncthreads();
+
+  const Tables tables;
+  Softmax softmax;
+  int slot = 0, left = length - begin * BLOCK;
+  u32 turn = 0;
+  auto next = [&](int side) {  // its slot, once it is there; the one before it is free, and filled with what comes last
+    const u8* at = memory + warp * Pages::BYTES + slot * SLOT_BYTES;
+    ring.wait(slot, turn);
+    ask(side + SLOTS - 1, slot ? slot - 1 : SLOTS - 1);
+    if (++slot == SLOTS) slot = 0, turn++;
+    return at;
+  };
+  for (int i = 0; i < count; i++, left -= WARPS * BLOCK) {
+    const u8* page = next(2 * i);
+    Queries& queries = shared.queries[BY_PAGE ? warp : 0];
+    if constexpr (BY_PAGE) {
+      for (int row = 0; row < HEADS; row++) quantise(shared.q[row], page, row < rows ? a.scale : 0, row, queries);
+      __syncwarp();
+    }
+    float s[TOKENS][2];
+    score(page, tables.k, queries, softmax.ref, left, s);
+    page = next(2 * i + 1);
+    mix(page, tables.v, left, s, softmax);
+  }
+#if __CUDA_ARCH__ < 900
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncthreads();
+  Sums& sums = *reinterpret_cast<Sums*>(memory);
+  put(softmax, sums);
+  __syncthreads();
+  join_warps(a, sums, tile, split, first_row, rows);
+  if (a.splits > 1) join_splits(a, tile, first_row, rows, reinterpret_cast<float*>(memory));
+}

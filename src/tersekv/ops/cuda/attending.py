@@ -1,0 +1,187 @@
+"""Attention over packed pages on a GPU: which kernel, of what shape, and its launch."""
+
+from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tersekv.layout import Layout
+from tersekv.ops.cuda import source
+from tersekv.ops.cuda.compiler import Kernel, kernel, missing
+from tersekv.ops.cuda.levels import levels
+from tersekv.ops.pages import Pages, Partial
+from tersekv.ops.recipe import Grid, Recipe
+
+HEAD_DIMS = (64, 128, 256)
+ORDERS = {"k": "mma_k", "v": "mma_v"}
+LOG2E = 1.4426950408889634
+# Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
+SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
+WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
+SLOTS = range(3, 13)  # of a warp's ring
+Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
+OVERHEAD = 3  # what a block costs besides its pages, in pages of a warp
+
+
+class Arguments(Structure):
+    """As in `attend.cu`."""
+
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in ("q", "pool", "table", "lengths", "out", "lse", "part_out", "part_sums", "arrived")
+        ),
+        ("page_bytes", c_longlong),
+        *((name, c_int) for name in ("rows", "blocks", "splits", "tiles")),
+        ("scale", c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a launch. `groups`: of columns of a matrix instruction; each holds 8 / groups query rows."""
+
+    d: int
+    groups: int
+    threads: int
+    blocks: int
+    slots: int
+    shared_bytes: int
+
+    def constants(self) -> str:
+        return (
+            f"constexpr int D = {self.d}, GROUPS = {self.groups}, THREADS = {self.threads}, "
+            f"BLOCKS_PER_SM = {self.blocks}, SLOTS = {self.slots};\n"
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a GPU: major compute capability, multiprocessors, bytes of shared memory of one of them and of a block."""
+
+    major: int
+    processors: int
+    sm_bytes: int
+    block_bytes: int
+
+
+def refusal(layout: Layout, recipe: Recipe) -> str | None:
+    """Why the kernels cannot read blocks of this layout, or None."""
+    if layout.d not in HEAD_DIMS:
+        return f"head dim {layout.d}: the CUDA kernels read {', '.join(map(str, HEAD_DIMS))}."
+    if not isinstance(recipe, Grid) or recipe.name != "grid":
+        return f"recipe {recipe.name}: the CUDA kernels read grid."
+    if not layout.takes("mma_k"):
+        return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
+    found = levels(recipe.table)
+    if len(recipe.table) == 256 and found.error(recipe.table) > found.step / 100:
+        return "8 bits of unequal steps: the CUDA kernels read equal ones."
+    if layout.plane("codes").cols != layout.d:
+        return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
+    for plane in layout.planes:
+        whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
+        if plane.name in source.NUMBERS and (plane.rows, plane.cols) != whole:
+            return f"plane {plane.name} is in groups: they read one number a token, or one a channel and block."
+    return None
+
+
+def order(layout: Layout, recipe: Recipe, side: str) -> str:
+    """The storage order in which a side's codes are kept on a GPU."""
+    return "linear" if missing() or refusal(layout, recipe) else ORDERS[side]
+
+
+def reads(pages: Pages) -> bool:
+    """Whether `attend_pages` can run: pages on a GPU, both sides in their mma order."""
+    if pages.pool.device.type != "cuda" or missing():
+        return False
+    sides = ((pages.k_layout, pages.k_recipe, "k"), (pages.v_layout, pages.v_recipe, "v"))
+    return all(layout.order == ORDERS[side] and refusal(layout, recipe) is None for layout, recipe, side in sides)
+
+
+@lru_cache
+def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
+    """The first shape of which a ring of three slots fits, with as many slots as fit."""
+    groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
+    heads, d, slot = 8 // groups, k.d, max(k.nbytes, v.nbytes)
+    by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
+    wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
+    for threads, blocks in WIDE_SHAPES if wide else SHAPES[gpu.major > 9 :]:
+        warps = threads // 32
+        zeros = 16 if groups == 1 else d // 32 * heads * 64
+        queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
+        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
+        for slots in reversed(SLOTS):
+            total = warps * slots * (slot + 8) + shared + 16
+            if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
+                return Shape(d, groups, threads, blocks, slots, total)
+    raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no three slots of {slot} bytes.")
+
+
+@lru_cache
+def limits(device: int) -> Limits:
+    facts = torch.cuda.get_device_properties(device)
+    shared = facts.shared_memory_per_multiprocessor, facts.shared_memory_per_block_optin
+    return Limits(facts.major, facts.multi_processor_count, *shared)
+
+
+@lru_cache
+def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> str:
+    sides = source.side("K", k, k_recipe) + source.side("V", v, v_recipe)
+    return f'#include "planes.cuh"\n{sides}{how.constants()}{source.read("attend.cu")}'
+
+
+@lru_cache
+def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
+    """Into how many parts each row of pages is cut: fewest waves of fewest pages. Known without the lengths."""
+    at_once, warps = processors * how.blocks, how.threads // 32
+
+    def cost(count: int) -> int:
+        return -(-tiles * count // at_once) * (-(-blocks // (count * warps)) + OVERHEAD)
+
+    return min(range(1, max(1, min(blocks // warps, at_once)) + 1), key=cost)
+
+
+@lru_cache
+def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> tuple[Kernel, Shape, int, int]:
+    """The kernel, its shape, its tiles of query rows for each sequence and head, and its splits: made once a form."""
+    gpu = limits(device)
+    how = shape(pages[0], pages[1], rows, gpu)
+    tiles = -(-rows // (8 // how.groups))
+    run = kernel(text(*pages, how), "attend", device, how.shared_bytes)
+    return run, how, tiles, splits(sequences * tiles, blocks, how, gpu.processors)
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _arrived(tiles: int, device: torch.device) -> Tensor:
+    """Counters that are 0 between launches, one set for each stream; a graph that is being captured gets its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or len(_counters[key]) < tiles:
+        _counters[key] = torch.zeros(2 * tiles, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
+    """As `ops.attention.attend_pages`, in 8-bit integers. One launch, no host sync."""
+    b, hq, n, d = q.shape
+    h, blocks = pages.table.shape[1:]
+    rows, device = hq // h * n, q.device
+    out = torch.empty(b, hq, n, d, dtype=torch.float32, device=device)
+    lse = torch.empty(b, hq, n, dtype=torch.float32, device=device)
+    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid)  # for the type checker: see `reads`
+    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
+    run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
+    results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
+    scratch = torch.empty(results * (d + 1), dtype=torch.float32, device=device)
+    sums = scratch[results * d :]
+    q, table, lengths = q.float().contiguous(), pages.table.contiguous(), pages.lengths.contiguous()
+    arrived = _arrived(b * h * tiles, device)
+    tensors = (q, pages.pool, table, lengths, out, lse, scratch, sums, arrived)
+    numbers = (pages.pool.stride(0), rows, blocks, parts, tiles, scale * LOG2E)
+    run((b * h * tiles * parts, 1, 1), how.threads, Arguments(*(x.data_ptr() for x in tensors), *numbers))
+    return out, lse

@@ -1,0 +1,68 @@
+// Weights times values.
+#pragma once
+#include "softmax.cuh"
+#include "unpack.cuh"
+
+// Weighs the values of a page and adds them up.
+INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&s)[TOKENS][2], Softmax& softmax) {
+  const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
+  float scale[TOKENS], offset[TOKENS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) scale[t] = 1, offset[t] = 0;
+  if constexpr (V::SCALE.kind != NONE) numbers<V::SCALE.kind>(page + V::SCALE.offset, first, scale);
+  if constexpr (V::ZERO.kind != NONE) numbers<V::ZERO.kind>(page + V::ZERO.offset, first, offset);
+  // What all channels share is a multiple of the exponentials as they are; rounded weights multiply only what is centred,
+  // so that their rounding errors do not add up.
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) offset[t] += (V::MID - V::CENTRE) * scale[t];
+  if (tokens_left < BLOCK)
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+      if (first + t >= tokens_left) scale[t] = offset[t] = 0;
+  u32 b[4];
+  softmax.weigh(s, scale, offset, b);
+  const int start[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+  float middle[2] = {0, 0};
+  if constexpr (V::CENTRE != 0) {  // times the sum of the weights as they were rounded
+    const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+    int all[4];
+    mma<false, false>(all, ones, b[0], b[1], start);
+    mma<false, false>(all, ones, b[2], b[3], all);
+#pragma unroll
+    for (int j = 0; j < 2; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::CENTRE;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+    if constexpr (V_CHANNELS) middle[j] += softmax.page_zero[j];
+    else softmax.middle[j] += middle[j];
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const Unit<V::BITS> unit(page + V::CODES + 512 * V::BITS * u + 16 * lane, table);
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+      u32 a[2][4];
+      unit.get(x, a);
+      int sum[4];
+      mma<Unit<V::BITS>::SIGNED, false>(sum, a[0], b[0], b[1], start);
+      mma<Unit<V::BITS>::SIGNED, false>(sum, a[1], b[2], b[3], sum);
+      float gain[2] = {1, 1}, zero[2] = {0, 0};
+      if constexpr (V_CHANNELS) {
+        const int c = ROWS * (lane / 4) + 8 * u + 2 * x;
+        channel_numbers<V::CHANNEL_SCALE.kind>(page, V::CHANNEL_SCALE, c, 1, gain);
+        channel_numbers<V::CHANNEL_ZERO.kind>(page, V::CHANNEL_ZERO, c, 0, zero);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float& out = softmax.out[4 * u + x][i];
+        const float value = __int_as_float(sum[i]) - MAGIC;
+        if constexpr (V_CHANNELS) {
+          const float factor = V::STEP * (V::BITS == 1 ? 1.f / (1 << (2 * x + i / 2)) : 1.f);
+          out += (value * softmax.gain[i % 2] * factor + middle[i % 2]) * gain[i / 2];
+          out += zero[i / 2] * softmax.page_mass[i % 2];
+        } else {
+          out = fmaf(value, softmax.gain[i % 2], out);
+        }
+      }
+    }
+  }
+}

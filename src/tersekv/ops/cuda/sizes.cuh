@@ -1,0 +1,20 @@
+// What follows from the constants of a launch (`attending.Shape`) and the sides K and V (`source.side`).
+#pragma once
+#include "planes.cuh"
+
+constexpr int HEADS = 8 / GROUPS;      // query rows of a tile; columns of a matrix instruction are GROUPS of them
+constexpr int TILES = 4 / GROUPS;      // operands C for 64 tokens: each group of columns has tokens of its own
+constexpr int TOKENS = 2 * TILES;      // of a lane, neighbours
+constexpr int STEPS = D / 32;          // of a matrix product over the channels
+constexpr int UNITS = D / 64;
+constexpr int ROWS = D / 8;            // channels of a lane, neighbours
+constexpr float LIMIT = 65536.f;       // sum of exponentials at which the reference point moves
+constexpr float TINY = 1e-35f;
+constexpr float QUERY_STEPS = 254.f;   // low steps in a high one
+constexpr int WARPS = THREADS / 32;
+constexpr int SLOT_BYTES = K::BYTES > V::BYTES ? K::BYTES : V::BYTES;
+constexpr bool BY_PAGE = K::CHANNEL_SCALE.kind != NONE || (K::CHANNEL_ZERO.kind != NONE && K::CHANNEL_ZERO.kind != INT8);
+constexpr bool MEAN = !BY_PAGE && K::CHANNEL_ZERO.kind == INT8;
+constexpr bool K_ZERO = K::ZERO.kind != NONE || K::MID != 0;
+constexpr bool V_ZERO = V::ZERO.kind != NONE || V::MID != V::CENTRE;
+constexpr bool V_CHANNELS = V::CHANNEL_SCALE.kind != NONE || V::CHANNEL_ZERO.kind != NONE;

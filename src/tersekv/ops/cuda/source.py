@@ -1,0 +1,52 @@
+"""The text that is compiled: a layout's constants, then the kernels. Layouts are data, also here."""
+
+from functools import cache
+from importlib.resources import files
+
+from tersekv.layout import Layout, Plane
+from tersekv.ops.cuda.levels import levels, packed
+from tersekv.ops.recipe import Grid
+
+NUMBERS = ("scale", "zero", "channel_scale", "channel_zero")
+
+
+@cache
+def read(name: str) -> str:
+    return files("tersekv.ops.cuda").joinpath(name).read_text(encoding="utf-8")
+
+
+def side(name: str, layout: Layout, recipe: Grid | None = None) -> str:
+    """`struct K` or `struct V`: where the planes of a side lie and, with a recipe, what its codes stand for."""
+    numbers = "\n".join(f"  static constexpr Plane {plane.upper()} = {_plane(layout, plane)};" for plane in NUMBERS)
+    return f"""struct {name} {{
+  static constexpr int BITS = {layout.code_bits}, BYTES = {layout.nbytes}, CODES = {layout.offsets["codes"]};
+{numbers}
+{_table(recipe) if recipe else ""}}};
+"""
+
+
+def _table(recipe: Grid) -> str:
+    found = levels(recipe.table)
+    words = ", ".join(f"T{i} = {word:#010x}u" for i, word in enumerate(packed(found.level)))
+    return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)};
+  static constexpr float CENTRE = {number(found.centre)};
+  static constexpr u32 {words};
+"""
+
+
+def _plane(layout: Layout, name: str) -> str:
+    plane: Plane | None = layout.plane(name) if name in layout else None
+    if plane is None:
+        return "{NONE, 0, 0}"
+    return f"{{{plane.kind.upper()}, {layout.offsets[name]}, {layout.offsets.get(name + '_step', 0)}}}"
+
+
+def number(x: float) -> str:
+    """A C++ constant of exactly these bits."""
+    return f"float({x.hex()})" if x else "0.f"
+
+
+@cache
+def headers() -> dict[bytes, bytes]:
+    folder = files("tersekv.ops.cuda")
+    return {path.name.encode(): path.read_bytes() for path in folder.iterdir() if path.name.endswith(".cuh")}

@@ -1,0 +1,86 @@
+"""Codes of which each value depends on the last eight bits written: the recipe `trellis` and its encoder.
+
+A bit-shift trellis (QTIP, arXiv 2406.11235, section 3.1): the state is the last 8 bits of a token's codes, starting
+from 0, and the value is table[state]. Encoding finds the walk of least squared error (Viterbi); decoding is a look-up
+by a sliding window of bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from tersekv.ops.planes import read, read_codes
+from tersekv.packed import Packed
+
+STATE_BITS = 8
+STATES = 2**STATE_BITS
+ROWS = 2048  # tokens at a time: their costs fit in a cache
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """Plane "codes" holds `bits` a value; then as `grid`, with a scale a token and a zero a channel."""
+
+    table: tuple[float, ...]
+    bits: int
+    name = "trellis"
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
+        states = walk(read_codes(packed), self.bits)
+        x = torch.tensor(self.table, device=states.device)[states]
+        scale, zero = read(packed, "scale"), read(packed, "channel_zero")
+        x = x if scale is None else x * scale
+        return x if zero is None else x + zero
+
+
+def walk(codes: UInt8[Tensor, "*lead d"], bits: int) -> Int[Tensor, "*lead d"]:
+    """The state at each value: the last 8 bits of the codes up to it, zeros before the first."""
+    states, shifted = torch.zeros_like(codes, dtype=torch.int32), codes.int()
+    for back in range(-(-STATE_BITS // bits)):
+        states[..., back:] += shifted[..., : codes.shape[-1] - back] << back * bits
+    return states % STATES
+
+
+def viterbi(z: Float[Tensor, "*lead d"], table: Float[Tensor, "states"], bits: int) -> UInt8[Tensor, "*lead d"]:
+    """Codes of the walk whose values are nearest to `z`. Of equal walks, the one with the lower older bits."""
+    rows = z.reshape(-1, z.shape[-1])
+    codes = [_viterbi(some.mT, table, bits).mT for some in rows.split(ROWS)]
+    return torch.cat(codes).view(z.shape) if codes else torch.empty_like(z, dtype=torch.uint8)
+
+
+def _viterbi(z: Tensor, table: Tensor, bits: int) -> Tensor:
+    """`z` (d, rows). A state's predecessors differ in the `bits` that fall out: leading index of the costs."""
+    d, rows = z.shape
+    forks, heads = 2**bits, STATES // 2**bits
+    cost = torch.full((STATES, rows), torch.inf, device=z.device)
+    cost[0] = 0
+    fallen = torch.empty(d, heads, rows, dtype=torch.uint8, device=z.device)
+    for i in range(d):
+        ways = cost.view(forks, heads, rows)
+        best, came = ways[0], torch.zeros(heads, rows, dtype=torch.uint8, device=z.device)
+        for fork in range(1, forks):
+            came = torch.where(ways[fork] < best, fork, came)
+            best = torch.minimum(ways[fork], best)
+        fallen[i] = came
+        error = z[i] - table[:, None]
+        cost = (best[:, None] + (error * error).view(heads, forks, rows)).view(STATES, rows)
+    return _traced(cost, fallen, bits)
+
+
+def _traced(cost: Tensor, fallen: Tensor, bits: int) -> Tensor:
+    """The codes (d, rows) of the cheapest walk, read from its end."""
+    d, heads, rows = fallen.shape
+    state = _lowest(cost)
+    codes = torch.empty(d, rows, dtype=torch.uint8, device=cost.device)
+    for i in range(d - 1, -1, -1):
+        codes[i] = (state % 2**bits).to(torch.uint8)
+        head = state >> bits
+        state = head + heads * fallen[i].gather(0, head[None])[0].long()
+    return codes
+
+
+def _lowest(cost: Tensor) -> Tensor:
+    """Index of the smallest of each column, the first of equals."""
+    return (cost == cost.amin(0)).to(torch.uint8).argmax(0)

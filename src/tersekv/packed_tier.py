@@ -1,0 +1,178 @@
+"""Tokens of one layer in packed pages. Immutable: an operation returns a new tier, which may share the pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tersekv.codec import Codec
+from tersekv.dense_tier import DenseTier
+from tersekv.layout import Layout
+from tersekv.ops import (
+    Pages,
+    Partial,
+    attend_pages,
+    encode,
+    new_pool,
+    page_layouts,
+    pages_part,
+    repack,
+)
+from tersekv.packed import Packed
+from tersekv.ragged import Lengths, join, take
+
+
+@lru_cache
+def _layouts(k: Codec, v: Codec, d: int, device: torch.device) -> tuple[Layout, Layout]:
+    keys, values = page_layouts({"k": (k.layout(d), k.recipe(d)), "v": (v.layout(d), v.recipe(d))}, device)
+    return keys, values
+
+
+@dataclass(frozen=True)
+class PackedTier:
+    """Pages of whole blocks, K planes then V planes; `table` says which page holds which block of which row."""
+
+    k: Codec
+    v: Codec
+    d: int
+    dtype: torch.dtype
+    pool: Tensor  # uint8 (pages, page bytes)
+    table: Tensor  # int32 (b, h, blocks), -1 where a row has no such block
+    starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
+    lengths: Lengths
+    whole: bool = True  # every page has a row that refers to it
+
+    @staticmethod
+    def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
+        b, h, _, d = like.k.shape
+        page = k.layout(d).nbytes + v.layout(d).nbytes
+        pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
+        table = torch.empty(b, h, 0, dtype=torch.int32, device=like.k.device)
+        return PackedTier(k, v, d, like.k.dtype, pool, table, table, np.zeros((b, h), dtype=np.int64))
+
+    @property
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Of keys and values, in the storage order of the kernels on this device."""
+        return _layouts(self.k, self.v, self.d, self.pool.device)
+
+    @property
+    def block(self) -> int:
+        return self.layouts[0].block
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"pool": self.pool, "table": self.table, "starts": self.starts}
+
+    def append(self, tokens: DenseTier) -> "PackedTier":
+        """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block."""
+        tier, count = self.compacted(), tokens.lengths // self.block
+        first, blocks = len(tier.pool), tokens.k.shape[2] // self.block
+        filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
+        ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
+        ids[filled] = torch.arange(first, first + int(count.sum()), dtype=torch.int32, device=filled.device)
+        starts = tokens.positions[:, :, :: self.block]
+        old = tier.lengths // self.block
+        grown = replace(
+            tier,
+            pool=tier._with_pages(tokens, filled, int(count.sum())),
+            table=join(tier.table, old, ids, count),
+            starts=join(tier.starts, old, starts, count),
+            lengths=tier.lengths + tokens.lengths,
+        )
+        return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
+
+    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int) -> Tensor:
+        """The pool and `count` more pages, which are encoded where they stay."""
+        old, split = len(self.pool), self.layouts[0].nbytes
+        pool = new_pool(old + count, self.pool.shape[1], self.pool.device)
+        pool[:old] = self.pool
+        pages = pool[old:, :split], pool[old:, split:]
+        for codec, x, layout, out in zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, strict=True):
+            blocks = x.unflatten(2, (-1, self.block))
+            blocks = blocks if count == filled.numel() else blocks[filled]
+            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]))
+        return pool
+
+    def compacted(self) -> "PackedTier":
+        """Without the pages that no row refers to any more (after beam search or a crop)."""
+        if self.whole:
+            return self
+        filled = self.filled()
+        used = torch.unique(self.table[filled])
+        if len(used) == len(self.pool):
+            return replace(self, whole=True)
+        renumbered = torch.searchsorted(used, self.table.contiguous()).to(torch.int32)
+        return replace(self, pool=self.pool[used.long()], table=torch.where(filled, renumbered, -1), whole=True)
+
+    def filled(self) -> Tensor:
+        blocks = np.arange(self.table.shape[2]) * self.block < self.lengths[..., None]
+        return torch.from_numpy(blocks).to(self.table.device)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
+        """Sequences may repeat: their pages are shared, not copied."""
+        table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
+        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()], whole=False)
+
+    def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
+        """How many tokens of each row lie in blocks that end at or before position `length`."""
+        ends = self.starts.cpu().numpy().astype(np.int64) + self.block
+        return (self.filled().cpu().numpy() & (ends <= length[..., None])).sum(-1) * self.block
+
+    def keep(self, lengths: Lengths) -> "PackedTier":
+        """Only the first `lengths` tokens (whole blocks) of each row; the other pages are freed."""
+        blocks = int(lengths.max(initial=0)) // self.block
+        table, starts = self.table[..., :blocks], self.starts[..., :blocks]
+        return replace(self, table=table, starts=starts, lengths=lengths, whole=False).compacted()
+
+    def without_first(self, lengths: Lengths) -> "PackedTier":
+        """Without the oldest `lengths` tokens (whole blocks) of each row, whose pages are freed."""
+        first, left = lengths // self.block, self.lengths - lengths
+        table, starts = (take(x, first, left // self.block) for x in (self.table, self.starts))
+        cut = replace(self, table=table, starts=starts, lengths=left, whole=False)
+        return replace(cut, table=torch.where(cut.filled(), table, -1)).compacted()
+
+    @cached_property
+    def pages(self) -> Pages:
+        lengths = torch.from_numpy(self.lengths).to(self.pool.device)
+        recipes = self.k.recipe(self.d), self.v.recipe(self.d)
+        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
+
+    @cached_property
+    def part(self) -> Any:
+        """As of a dense tier; None also where a codec folds queries in a way that only its own methods know."""
+        if not (self.k.folds_by_rotation and self.v.folds_by_rotation):
+            return None
+        return pages_part(self.pages, self.k.rotation, self.v.rotation)
+
+    def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
+        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages, scale, exact)
+        return self.v.unfold_output(out), lse
+
+    def linear_pool(self) -> Tensor:
+        """The pages with their codes in the linear order, as files hold them."""
+        return self._reordered(self.layouts, ("linear", "linear"), self.pool)
+
+    def pool_of(self, linear: Tensor) -> Tensor:
+        """Inverse of `linear_pool` for the device that this tier is on."""
+        plain = self.k.layout(self.d), self.v.layout(self.d)
+        orders = [layout.order for layout in self.layouts]
+        return self._reordered(plain, orders, linear)
+
+    def _reordered(self, layouts: tuple[Layout, Layout], orders: Sequence[str], pool: Tensor) -> Tensor:
+        split = layouts[0].nbytes
+        sides = zip(layouts, orders, (pool[:, :split], pool[:, split:]), strict=True)
+        return torch.cat([repack(Packed(layout, data), order).data for layout, order, data in sides], -1)
+
+    def decoded(self) -> DenseTier:
+        """All tokens unpacked to the model's precision: the slow route, and what a crop through a block needs."""
+        k_layout, v_layout = self.layouts
+        data = self.pool[self.table.clamp(min=0).long()]
+        k = self.k.decode(Packed(k_layout, data[..., : k_layout.nbytes])).flatten(2, 3)
+        v = self.v.decode(Packed(v_layout, data[..., k_layout.nbytes :])).flatten(2, 3)
+        offsets = torch.arange(self.block, dtype=torch.int32, device=self.pool.device)
+        positions = (self.starts[..., None] + offsets).flatten(2, 3)
+        return DenseTier(k.to(self.dtype), v.to(self.dtype), positions, self.lengths)

@@ -1,0 +1,75 @@
+"""What the rounding of the CUDA kernels may change: derived, element by element. The exact part is `native_truth`.
+
+A query row has two 8-bit digits, 127 * 254 steps to its largest channel; table entries are on `levels`; weights have
+255 steps to the largest of the tokens that share a step, which is rounded up by less than 2^-7.
+"""
+
+import torch
+from native_cases import Case, Side
+from native_truth import EPS, Tokens, Truth, blocks_of, tokens
+from torch import Tensor
+
+from tersekv.ops.cuda.levels import levels
+from tersekv.ops.planes import read_codes
+from tersekv.ops.recipe import Grid
+
+QUERY = 0.51 / (127 * 254)
+WEIGHT = 0.51 * (1 + 2**-7) / 255
+
+
+def near(side: Side) -> tuple[Tensor, Tensor]:
+    """Table entries on the levels that the kernels multiply, and the part of them that rounded weights multiply."""
+    assert isinstance(side.recipe, Grid)
+    found, codes = levels(side.recipe.table), read_codes(side.packed).int()
+    steps = found.step * torch.tensor(found.level, dtype=torch.float64)
+    return (steps + found.middle)[codes], (steps + found.centre)[codes]
+
+
+def of_row(case: Case, q: Tensor, pages: slice, length: int) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp and their bounds of query rows (rows, d) over one row of the page table."""
+    k, v = (tokens(side, pages, length) for side in (case.k, case.v))
+    (k_near, _), (v_near, v_centred) = ([x[pages].flatten(0, 1)[:length] for x in near(s)] for s in (case.k, case.v))
+    scores = case.scale * q @ k.values.T
+    lse, p = scores.logsumexp(-1), scores.softmax(-1)
+    out = p @ v.values
+    off = score_bound(q, k, k_near, case.scale).amax(-1, keepdim=True) + 2**-19
+    spread = (p[:, :, None] * (v.values - out[:, None]).abs()).sum(1)
+    moved = torch.expm1(2 * off) * spread
+    rounded = (length + 64) * EPS * (p @ v.magnitude) + weight_bound(p, v, v_near, v_centred)
+    return out, lse, moved + torch.exp(2 * off) * rounded, off[:, 0] + (8 + length / 16) * EPS * (1 + lse.abs())
+
+
+def score_bound(q: Tensor, k: Tokens, k_near: Tensor, scale: float) -> Tensor:
+    """Of each score (rows, t): fp32 sums, the steps of queries and those of the table."""
+    folded = q[:, None] * k.channel_scale
+    step = folded.abs().amax(-1) * QUERY
+    reach = (k_near * k.scale + k.zero).abs().sum(-1) + (k.channel_zero / k.channel_scale).abs().sum(-1)
+    by_table = (folded.abs() * (k.t - k_near).abs()).sum(-1) * k.scale.T
+    return scale * (step * reach + by_table + (q.shape[-1] + 16) * EPS * (q.abs() @ k.magnitude.T))
+
+
+def weight_bound(p: Tensor, v: Tokens, v_near: Tensor, v_centred: Tensor) -> Tensor:
+    """Of each output (rows, d): half a step of the largest weight of each block, and the steps of the table."""
+    w = p * v.scale.T
+    centred = (v_centred.abs() * v.channel_scale.abs()).T
+    return (blocks_of(w).amax(-1) * WEIGHT) @ blocks_of(centred).sum(-1).T + w @ (
+        (v.t - v_near).abs() * v.channel_scale.abs()
+    )
+
+
+def truth(case: Case) -> Truth:
+    b, hq, n, d = case.q.shape
+    count = case.linear.lengths
+    h = count.shape[1]
+    out, lse = torch.zeros(b, h, hq // h * n, d).double(), torch.full((b, h, hq // h * n), -torch.inf).double()
+    bounds = torch.zeros_like(out), torch.zeros_like(lse)
+    q, at = case.q.double().view(b, h, -1, d), 0
+    for i, j in torch.cartesian_prod(torch.arange(b), torch.arange(h)).view(-1, 2).tolist():
+        length = int(count[i, j])
+        pages = slice(at, at + -(-length // 64))
+        at = pages.stop
+        if length:
+            row = of_row(case, q[i, j], pages, length)
+            out[i, j], lse[i, j], bounds[0][i, j], bounds[1][i, j] = row
+    shape = b, hq, n
+    return Truth(out.view(*shape, d), lse.view(shape), bounds[0].view(*shape, d), bounds[1].view(shape))

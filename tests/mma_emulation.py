@@ -1,0 +1,55 @@
+"""`unpack.cuh` in NumPy: from the words of lanes to operands of matrix instructions, and where their bytes belong."""
+
+import numpy as np
+
+U32 = np.uint32
+
+
+def prmt(low: np.ndarray, high: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """As the instruction: each nibble of `index` chooses one of eight bytes, or spreads its sign."""
+    source = np.stack([low, high], -1).astype("<u4").view(np.uint8).reshape(*low.shape, 8)
+    out = np.zeros(low.shape, dtype=U32)
+    for i in range(4):
+        nibble = (index >> U32(4 * i)) & U32(15)
+        byte = np.take_along_axis(source, (nibble & U32(7))[..., None].astype(np.int64), -1)[..., 0]
+        spread = np.where(byte & 0x80, 0xFF, 0).astype(np.uint8)
+        out |= np.where(nibble & U32(8), spread, byte).astype(U32) << U32(8 * i)
+    return out
+
+
+def unpack(words: np.ndarray, bits: int, table: tuple[int, ...]) -> np.ndarray:
+    """Registers (..., x=4, y=2, r=4) of one unit from a lane's words (..., vectors, 4)."""
+    t = [np.full(words.shape[:-2], word, dtype=U32) for word in table]
+    registers = np.empty((*words.shape[:-2], 4, 2, 4), dtype=U32)
+    for x in range(4):
+        for y in range(2):
+            for r in range(4):
+                registers[..., x, y, r] = _register(words, bits, t, x, y, r)
+    return registers
+
+
+def _register(words: np.ndarray, bits: int, t: list[np.ndarray], x: int, y: int, r: int) -> np.ndarray:
+    shift = U32(16 * (r % 2))
+    if bits == 1:
+        return words[..., 0, 2 * y + r // 2] & U32(0x01010101 << (2 * x + r % 2))
+    if bits == 2:
+        word = words[..., x // 2, 2 * (x % 2) + y]
+        return prmt(t[0], t[0], ((word >> U32(2 * (r // 2))) & U32(0x33333333)) >> shift)
+    if bits == 3:
+        w, i = [words[..., v, x] for v in range(3)], 2 * y + r // 2
+        spare = (
+            (w[0] >> U32(3) & U32(0x11111111)) | (w[1] >> U32(2) & U32(0x22222222)) | (w[2] >> U32(1) & U32(0x44444444))
+        )
+        return prmt(t[0], t[1], (w[i] & U32(0x77777777) if i < 3 else spare) >> shift)
+    if bits == 4:
+        word = words[..., x, 2 * y + r // 2]
+        index, tops = (word & U32(0x77777777)) >> shift, word << U32(4 * (r % 2))
+        mask = prmt(tops, tops, np.full_like(tops, 0xBA98))
+        return (prmt(t[0], t[1], index) & ~mask) | (prmt(t[2], t[3], index) & mask)
+    return words[..., 2 * x + y, r] ^ U32(0x80808080)
+
+
+def operand_rows_and_columns() -> tuple[np.ndarray, np.ndarray]:
+    """Row and column in a unit of each byte (lane, x, y, r, byte), by the PTX manual's operand A of m16n8k32."""
+    lane, x, y, r, byte = np.indices((32, 4, 2, 4, 4))
+    return 16 * x + lane // 4 + 8 * (r % 2), 32 * y + 4 * (lane % 4) + byte + 16 * (r // 2)

@@ -1,0 +1,77 @@
+"""The GPU's speed harness: run files, tables, and on a GPU a tiny run with its gate. The rest needs no GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tersekv import InputError
+from tersekv.bench import gpu, gpu_run
+from tersekv.bench.gpu_tables import GpuResult, tables
+from tersekv.errors import TersekvError
+from tersekv.ops import cuda
+from tersekv.spec import parse
+from tersekv.terminal import to_text
+
+RUNS = Path(__file__).parents[1] / "runs"
+TIMES = {"median": 2e-5, "p20": 1e-5, "p80": 3e-5}
+needs_gpu = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
+
+
+def test_the_run_file_makes_sense() -> None:
+    grids = gpu_run.read_grids(RUNS / "attend-cuda.toml")
+    assert {grid.name for grid in grids} == {"batch", "single", "shapes"}
+    for grid in grids:
+        assert all(parse(text) for text in grid.specs.values())
+        assert all(gpu.Case(**fields).hq % fields["h"] == 0 for fields in grid.cases)
+
+
+def test_the_command_line_makes_a_grid() -> None:
+    grid = gpu_run.grid_of({"bits": "4,2", "d": "64", "heads": "8/2", "tokens": "128,256", "new_tokens": "1"}, 3)
+    assert list(grid.specs) == ["4 bits", "2 bits"] and [case["t"] for case in grid.cases] == [128, 256]
+
+
+@pytest.mark.parametrize("text", ["grid = 1", "[[grid]]\nname = 'x'", "[[grid]]\nbad = 1"])
+def test_a_run_file_that_makes_no_sense_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(InputError, match="no run file for a GPU"):
+        gpu_run.read_grids(tmp_path / "run.toml")
+
+
+def test_tables() -> None:
+    row = {"name": "4 bits", "kind": "ours", "bytes": 1000, "error": 0.004, "error_of_bf16": 0.003, "seconds": TIMES}
+    row |= {"gb_per_second": 2500.0, "share_of_copy": 0.9, "times_faster": 3.4}
+    case: dict[str, Any] = {"grid": "batch", "b": 1, "d": 64, "hq": 4, "h": 2, "t": 128, "n": 1, "rows": [row]}
+    found = tables({"bench": "attend cuda", "cases": [case]})
+    assert "3.40" in to_text(found["batch"]) and "90 %" in to_text(found["batch"])
+    one = {"codec": "intn", "side": "k", "vectors_per_second": 5e9, "seconds": TIMES, "gb_per_second": 1.0}
+    settings = {"vectors": 64, "d": 128}
+    record = {"bench": "encode cuda", "settings": settings, "rows": [one | {"share_of_copy": 0.5}]}
+    assert "5.00" in to_text(GpuResult(record))
+
+
+@pytest.mark.skipif(cuda.missing() is None, reason="there are CUDA kernels here")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(InputError, match=r'--device "cuda": '):
+        gpu_run.attend([], "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "FLUSH", 2**20)
+    monkeypatch.setattr(gpu, "COPY", 2**20)
+    cases = [{"b": 2, "d": 64, "hq": 4, "h": 2, "t": 256}]
+    record = gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "terse3"}, cases, 2)], "cuda")
+    names = {row["name"] for row in record["cases"][0]["rows"]}
+    assert "3 bits" in names and len(names) > 1
+    assert gpu_run.encode(64, 640, "cuda", 2)["rows"]
+
+    def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = cuda.attend_pages(*arguments)
+        return 1.1 * out, lse
+
+    monkeypatch.setattr(gpu, "attend_pages", wrong)
+    with pytest.raises(TersekvError, match="Parity gate"):
+        gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "terse3"}, cases, 2)], "cuda")

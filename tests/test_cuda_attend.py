@@ -1,0 +1,59 @@
+"""Attention of the CUDA kernels against fp64 on pages of random codes. `pytest -m gpu` on a GPU machine."""
+
+import pytest
+import torch
+from cuda_truth import truth
+from native_cases import Case, make_case, mma_pages
+from native_truth import compare
+
+from tersekv.ops.cuda import attending, compiler
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
+
+SIDES = {
+    "1/2 bits": ("1 normal scale:log8", "2 normal scale:log8"),
+    "2/3 bits, mean": ("2 normal scale:log8 channel_zero:int8", "3 normal scale:log8"),
+    "3/4 bits, mean": ("3 normal scale:log8 channel_zero:int8", "4 normal scale:log8"),
+    "4/1 bits, mean": ("4 normal scale:log8 channel_zero:int8", "1 normal scale:log8"),
+    "zeros": ("4 uniform scale:+fp16 zero:fp16", "2 uniform scale:+fp16 zero:fp16"),
+    "8/8 bits, zeros": ("8 uniform scale:+fp16 zero:fp16", "8 uniform scale:+fp16 zero:fp16"),
+    "norms": ("4 normal scale:+fp32", "3 normal scale:+fp16"),
+    "channels": ("4 uniform channel_scale:fp16 channel_zero:fp16", "4 uniform channel_scale:fp32 channel_zero:bf16"),
+    "all": (
+        "3 normal scale:+fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16",
+        "2 uniform scale:+fp16 zero:fp16 channel_scale:fp16 channel_zero:int8",
+    ),
+    "no scale": ("4 uniform", "1 uniform"),
+}
+RAGGED = [[0, 1], [63, 65]]
+SHAPES = {  # d, g, n, lengths
+    "d64": (64, 1, 1, RAGGED),
+    "d64 g3 n2": (64, 3, 2, [[64, 130], [1, 0]]),
+    "d128 g4": (128, 4, 1, [[127], [1121]]),
+    "d128 g2 n8": (128, 2, 8, [[321, 64]]),
+    "d256 g4": (256, 4, 1, [[66], [700]]),
+    "d256 g16": (256, 16, 1, [[65]]),
+    "splits": (64, 4, 1, [[4096, 4097], [2049, 1]]),
+}
+
+
+def check(case: Case) -> None:
+    pages = mma_pages(case, "cuda")
+    assert attending.reads(pages)
+    q = case.q.cuda()
+    torch.full((64 * 2**20,), torch.nan, device="cuda")  # what torch.empty will give, outputs and scratch
+    first = attending.attend_pages(q, pages, case.scale)
+    compare((first[0].cpu(), first[1].cpu()), truth(case), "cuda")
+    again = attending.attend_pages(q, pages, case.scale)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sides", SIDES)
+def test_pages(sides: str, shape: str) -> None:
+    check(make_case(*SIDES[sides], *SHAPES[shape]))
+
+
+@pytest.mark.parametrize("g", range(1, 17))
+def test_every_group(g: int) -> None:
+    check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))

@@ -1,0 +1,109 @@
+"""Every form of the kernels compiles without a GPU, for every architecture, and keeps its numbers in registers."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from tersekv.codec import Codec
+from tersekv.errors import TersekvError
+from tersekv.ops.cuda import attending, compiler, encoding, joining, source
+from tersekv.spec import parse, parse_codec
+
+pytestmark = pytest.mark.skipif(compiler.uncompilable() is not None, reason=str(compiler.uncompilable()))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+SM_BYTES = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100}  # KiB of shared memory of a multiprocessor
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Of local memory that a thread of the only kernel needs: the minimum stack size in the section .nv.info."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, sections + i * size) for i in range(count)]
+    for _, kind, _, _, at, length, *_ in headers:
+        if kind == 0x70000000:  # SHT_CUDA_INFO: records of format, attribute, size, content
+            found = _minimum_stack(cubin[at : at + length])
+            if found is not None:
+                return found
+    raise AssertionError("the machine code does not say how large its stack is")
+
+
+def _minimum_stack(records: bytes) -> int | None:
+    at = 0
+    while at + 4 <= len(records):
+        form, attribute, size = struct.unpack_from("<BBH", records, at)
+        if form == 4 and attribute == 0x12:  # EIATTR_MIN_STACK_SIZE: symbol, bytes
+            return struct.unpack_from("<II", records, at + 4)[1]
+        at += 4 + (size if form == 4 else 0)
+    return None
+
+
+def attend_text(spec: str, d: int, rows: int, arch: str) -> str:
+    codecs = parse(spec)
+    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    sm = SM_BYTES[arch] * 1024
+    how = attending.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024))
+    return attending.text(k, v, codecs.k.recipe(d), codecs.v.recipe(d), how)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("spec", "d", "rows"),
+    [
+        *((f"rotated:bits={bits}", 128, 4) for bits in (1, 2, 3, 4)),
+        *(("rotated:bits=3", d, rows) for d, rows in ((64, 1), (64, 4), (256, 4), (256, 8))),
+        ("k=rotated:bits=4 v=rotated:bits=2", 128, 8),
+        ("intn:bits=8", 128, 4),
+        ("intn:bits=2,axis=channel", 128, 4),
+    ],
+)
+def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
+    assert stack_bytes(compiler.compiled(attend_text(spec, d, rows, arch), arch)) == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_90"])
+@pytest.mark.parametrize(
+    "text", ["rotated:bits=3,mean=block", "lloydmax:bits=1,norm=fp32", "intn:bits=8", "intn:axis=channel"]
+)
+@pytest.mark.parametrize("d", attending.HEAD_DIMS)
+def test_encode(d: int, text: str, arch: str) -> None:
+    codec: Codec = parse_codec(text, "v")
+    encoder, layout = codec.encoder(d), codec.layout(d).ordered("mma_k")
+    assert encoder is not None
+    cubin = compiler.compiled(encoding.text(encoder, layout, "BF16"), arch, encoding.EXACT)
+    assert stack_bytes(cubin) == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_others(arch: str) -> None:
+    texts = [source.read("merge.cu"), source.read("repack.cu")]
+    texts += [encoding.rotation_text(d, "BF16", back) for d in attending.HEAD_DIMS for back in (False, True)]
+    texts += [
+        joining.dense_text(d, "BF16", "FP16", rows, rows > 1) for d in attending.HEAD_DIMS for rows in joining.ROWS
+    ]
+    assert all(stack_bytes(compiler.compiled(text, arch)) == 0 for text in texts)
+
+
+def test_a_spill_would_be_seen() -> None:
+    text = """extern "C" __global__ void spills(int* x) {
+      int a[64] = {};
+      for (int j = 0; j < 64; j++) a[x[j] % 64] += x[j + 64];
+      for (int j = 0; j < 64; j++) x[j] = a[x[j] % 64];
+    }"""
+    assert stack_bytes(compiler.compiled(text, "sm_90")) >= 256
+
+
+def test_machine_code_is_kept(tmp_path: Path) -> None:
+    text = source.read("merge.cu")
+    first = compiler.kept(text, "sm_90", (), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"from disk")
+    assert compiler.kept(text, "sm_90", (), tmp_path) == b"from disk"
+    assert compiler.kept(text, "sm_80", (), tmp_path) not in (first, b"from disk")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_error_carries_the_log() -> None:
+    with pytest.raises(TersekvError, match=re.compile("sm_90.*undefined", re.DOTALL)):
+        compiler.compiled("int x = y;", "sm_90")

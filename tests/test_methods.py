@@ -1,0 +1,175 @@
+"""What each published method promises, on data where the promise can fail."""
+
+from itertools import product
+from math import pi
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersekv.codebook import distortion
+from tersekv.codecs.trellis import TrellisCodec
+from tersekv.layout import BLOCK
+from tersekv.ops.trellis import viterbi, walk
+from tersekv.spec import parse_codec
+
+
+def biased_keys(d: int = 128, blocks: int = 4) -> Tensor:
+    """Blocks (blocks, 64, d) with a strong constant on a few channels, as Qwen2's key biases make them."""
+    bias = torch.zeros(d)
+    bias[[5, 17, 40]] = torch.tensor([30.0, -18.0, 9.0])
+    return torch.randn(blocks, BLOCK, d) + bias
+
+
+def error(text: str, x: Tensor, side: str = "k") -> float:
+    """Squared error over the energy of what varies between tokens: a constant of all keys moves no attention."""
+    codec = parse_codec(text, side)
+    left = codec.decode(codec.encode(x)) - x
+    return float(left.square().sum() / (x - x.mean(-2, keepdim=True)).square().sum())
+
+
+def test_kivi_keys_are_better_per_channel_and_values_may_have_either() -> None:
+    x = biased_keys()
+    for bits in (2, 3, 4):
+        channel, token = (error(f"kivi:bits={bits},axis={axis}", x) for axis in ("channel", "token"))
+        assert channel < 0.25 * token
+    plain = torch.randn(4, BLOCK, 128)
+    assert error("kivi", plain, "v") < 1.2 * error("kivi:axis=channel", plain, "v")
+
+
+@pytest.mark.parametrize("codebook", ["channel", "shared"])
+def test_direction_keeps_the_length(codebook: str) -> None:
+    """Renormalised: at 2 bits the decoded length is the token's, up to the rounding of an fp16 number."""
+    codec, x = parse_codec(f"direction:bits=2,norm=fp16,codebook={codebook}", "k"), biased_keys()
+    lengths = codec.decode(codec.encode(x)).norm(dim=-1) / x.norm(dim=-1)
+    assert (lengths - 1).abs().max() < 2**-11 + 1e-6
+    assert error(f"direction:bits=2,norm=fp16,codebook={codebook}", x) > 0.01
+
+
+def test_direction_follows_each_channel() -> None:
+    x = biased_keys()
+    assert error("direction:bits=3", x) < 0.1 * error("direction:bits=3,codebook=shared", x)
+
+
+def scores(text: str, q: Tensor, x: Tensor, seeds: int) -> Tensor:
+    """Estimates of <q, x> for each token, one row a seed: (seeds, 64)."""
+    rows = []
+    for seed in range(seeds):
+        codec = parse_codec(f"{text},seed={seed}", "k")
+        folded = codec.recipe(len(q)).values(codec.encode(x))
+        rows.append(folded @ codec.fold_query(q))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_sign_sketch_is_unbiased_within_its_variance(bits: int) -> None:
+    """The mean over sketches is the score, within four standard errors of the variance that the lemma gives."""
+    d, seeds = 64, 100
+    q, x = torch.randn(d), torch.randn(BLOCK, d)
+    found, true = scores(f"qjl:bits={bits}", q, x, seeds), x @ q
+    variance = (pi / 2 * x.square().sum(-1) * q.square().sum() - true.square()) / (bits * d)
+    assert ((found.mean(0) - true) / (variance / seeds).sqrt()).abs().max() < 4
+    assert (found.var(0) / variance).mean().item() == pytest.approx(1, abs=0.08)
+
+
+def test_the_prod_form_is_unbiased_and_the_mse_form_is_not() -> None:
+    """At 2 bits: the mse form shrinks a score by its distortion, 0.117; a sketch of the residual gives that back."""
+    d, seeds = 64, 100
+    x = torch.randn(BLOCK, d)
+    q, along = x[0] + x[1], slice(0, 2)  # queries along tokens: scores far from zero
+    ratios = {}
+    for form in ("mse", "prod"):
+        found = scores(f"turboquant:bits=2,form={form}", q, x, seeds)[:, along]
+        ratio = found / (x @ q)[along]
+        ratios[form] = ratio.mean().item(), ratio.std().item() / (2 * seeds) ** 0.5
+    assert abs(ratios["prod"][0] - 1) < 4 * ratios["prod"][1]
+    assert ratios["mse"][0] == pytest.approx(1 - 0.117, abs=0.02)
+
+
+def test_the_mse_form_is_rotated_with_the_papers_choices() -> None:
+    x = biased_keys()
+    ours = parse_codec("rotated:bits=3,mean=none,scale=norm,scale_kind=fp16", "k")
+    assert torch.equal(parse_codec("turboquant", "k").encode(x).data, ours.encode(x).data)
+
+
+def test_polar_keeps_lengths_and_stores_nothing_but_radii() -> None:
+    codec, x = parse_codec("polar", "k"), biased_keys(64)
+    packed = codec.encode(x)
+    lengths = codec.decode(packed).norm(dim=-1) / x.norm(dim=-1)
+    assert (lengths - 1).abs().max() < 2**-11 + 1e-6
+    assert codec.layout(64).bits_per_value == (8 * 4 + 4 * 2 + 2 * 2 + 2 + 16) / 16 == 3.875
+
+
+def test_outlier_channels_are_kept_apart() -> None:
+    """The paper's 2.5 bits are 2.25; where channels are strong they halve the error of 2 bits for all."""
+    codec, x = parse_codec("outliers", "v"), biased_keys()
+    assert codec.layout(128).nominal_bits == 2.25
+    assert set(codec.encode(x).plane("channels")[0].tolist()) >= {5, 17, 40}
+    assert error("outliers", x) < 0.5 * error("turboquant:bits=2", x)
+
+
+def test_two_axes_undo_what_scales_tokens_and_channels() -> None:
+    """Rotated values that are a Gaussian times a factor a token and a factor a channel: 3 bits do as if they were not.
+
+    One axis alone cannot: it leaves the channels' factors in a token's range.
+    """
+    d = 64
+    even = torch.randn(4, BLOCK, d)
+    factors = torch.logspace(-1, 1, d)[torch.randperm(d)] * torch.logspace(-1, 1, BLOCK)[:, None]
+
+    def relative(text: str, rotated: Tensor, divisor: Tensor) -> float:
+        codec = parse_codec(text, "v")
+        back = codec.fold_query(codec.decode(codec.encode(codec.unfold_output(rotated))))
+        return float(((back - rotated) / divisor).square().mean())
+
+    both = relative("twoaxis:bits=3", even * factors, factors)
+    assert both < 1.3 * relative("twoaxis:bits=3", even, torch.ones(d))
+    assert both < 0.1 * relative("twoaxis:bits=3,rounds=0", even * factors, factors)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_kvquant_keeps_an_outlier_and_what_is_around_it(side: str) -> None:
+    """One value of 100 in a vector: kept to fp16, and the others as if it were not there. Without, both are lost."""
+    plain = torch.randn(2, BLOCK, 64)
+    x = plain.clone()
+    x[:, 7, 11] = 100.0
+    others = torch.ones(BLOCK, 64, dtype=torch.bool)
+    others[7, 11] = False
+    errors = {}
+    for text, given in (("kvquant", x), ("kvquant", plain), ("kvquant:outliers=0", x)):
+        codec = parse_codec(text, side)
+        left = codec.decode(codec.encode(given)) - given
+        errors[text, given is x] = left[:, others].square().mean().item()
+        if text == "kvquant" and given is x:
+            assert left[:, 7, 11].abs().max() < 0.05
+    assert errors["kvquant", True] == pytest.approx(errors["kvquant", False], rel=0.02)
+    assert errors["kvquant:outliers=0", True] > 1.2 * errors["kvquant", True]
+
+
+# Mean squared error on a standard normal, measured before this code existed: 256 states, the same recipe for the table.
+TRELLIS_ERROR = {1: 0.3045, 2: 0.0876, 3: 0.0249, 4: 0.0076}
+
+
+@pytest.mark.parametrize("bits", TRELLIS_ERROR)
+def test_trellis_codes_beat_the_best_scalar_table(bits: int) -> None:
+    z = torch.randn(1500, 64)
+    _, centroids = TrellisCodec(bits).quantised(z)
+    found = (centroids - z).square().mean().item()
+    assert found == pytest.approx(TRELLIS_ERROR[bits], rel=0.02)
+    assert found < 0.85 * distortion(bits)
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(1, 10), (2, 6), (3, 4), (4, 3)])
+def test_viterbi_finds_the_best_of_all_walks(bits: int, steps: int) -> None:
+    table, z = torch.randn(256), torch.randn(5, steps)
+    every = torch.tensor(list(product(range(2**bits), repeat=steps)), dtype=torch.uint8)
+    errors = (table[walk(every, bits)] - z[:, None]).square().sum(-1)
+    found = (table[walk(viterbi(z, table, bits), bits)] - z).square().sum(-1)
+    assert torch.allclose(found, errors.amin(-1))
+
+
+def test_a_state_is_the_last_eight_bits() -> None:
+    codes = torch.randint(0, 8, (20,), dtype=torch.uint8)
+    stream = "00000000" + "".join(f"{code:03b}" for code in codes.tolist())
+    states = [int(stream[3 * i + 3 : 3 * i + 11], 2) for i in range(20)]
+    assert walk(codes, 3).tolist() == states
