@@ -6,7 +6,7 @@ A query row has two 8-bit digits, 127 * 254 steps to its largest channel; table 
 
 import torch
 from native_cases import Case, Side
-from native_truth import EPS, Tokens, Truth, blocks_of, tokens
+from native_truth import EPS, Tokens, Truth, blocks_of, by_rows, tokens
 from torch import Tensor
 
 from tersekv.ops.cuda.levels import levels
@@ -58,18 +58,4 @@ def weight_bound(p: Tensor, v: Tokens, v_near: Tensor, v_centred: Tensor) -> Ten
 
 
 def truth(case: Case) -> Truth:
-    b, hq, n, d = case.q.shape
-    count = case.linear.lengths
-    h = count.shape[1]
-    out, lse = torch.zeros(b, h, hq // h * n, d).double(), torch.full((b, h, hq // h * n), -torch.inf).double()
-    bounds = torch.zeros_like(out), torch.zeros_like(lse)
-    q, at = case.q.double().view(b, h, -1, d), 0
-    for i, j in torch.cartesian_prod(torch.arange(b), torch.arange(h)).view(-1, 2).tolist():
-        length = int(count[i, j])
-        pages = slice(at, at + -(-length // 64))
-        at = pages.stop
-        if length:
-            row = of_row(case, q[i, j], pages, length)
-            out[i, j], lse[i, j], bounds[0][i, j], bounds[1][i, j] = row
-    shape = b, hq, n
-    return Truth(out.view(*shape, d), lse.view(shape), bounds[0].view(*shape, d), bounds[1].view(shape))
+    return by_rows(case, of_row)

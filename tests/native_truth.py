@@ -4,7 +4,9 @@ Notation as in the kernels: a value is (t * scale + zero) * channel_scale + chan
 route t is moved to the nearest of 128 levels, a query to 255 steps, and the weights of a block to 255 steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from native_cases import Case, Side
@@ -94,6 +96,11 @@ def of_row(case: Case, q: Tensor, pages: slice, length: int, exact: bool) -> tup
 
 
 def truth(case: Case, exact: bool) -> Truth:
+    return by_rows(case, partial(of_row, exact=exact))
+
+
+def by_rows(case: Case, row_of: Callable[[Case, Tensor, slice, int], tuple[Tensor, ...]]) -> Truth:
+    """`row_of` gives output, log-sum-exp and their bounds for one row of the page table."""
     b, hq, n, d = case.q.shape
     count = case.linear.lengths
     h = count.shape[1]
@@ -105,7 +112,7 @@ def truth(case: Case, exact: bool) -> Truth:
         pages = slice(at, at + -(-length // 64))
         at = pages.stop
         if length:
-            row = of_row(case, q[i, j], pages, length, exact)
+            row = row_of(case, q[i, j], pages, length)
             out[i, j], lse[i, j], bounds[0][i, j], bounds[1][i, j] = row
     shape = b, hq, n
     return Truth(out.view(*shape, d), lse.view(shape), bounds[0].view(*shape, d), bounds[1].view(shape))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import tersekv
 from tersekv import InputError
 from tersekv.hf.cost import head_dim
+from tersekv.ops import native
 
 
 @pytest.mark.parametrize("route", ["fused", "decoded"])
@@ -158,6 +159,32 @@ def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedMod
             heads, d = any_model.config.num_key_value_heads, head_dim(any_model.config)
             assert layer.dense == 2 * 2 * heads * PROMPT * d * 4
     assert report.ratio == report.as_dict()["ratio"] > 1
+
+
+def test_a_report_counts_what_waits_and_moves_nothing(llama: PreTrainedModel, ids: Tensor) -> None:
+    cache = tersekv.cache(llama, "terse4")
+    with tersekv.attached(llama):
+        forward(llama, cache, ids[:1])
+        before = cache.report().held
+        forward(llama, cache, ids[:1, :1])
+    states = [layer.store.state for layer in cache.layers]
+    report = cache.report()
+    assert all(layer.store.state is state for layer, state in zip(cache.layers, states, strict=True))
+    if native.missing() is None:
+        tails = [tail for _, tail, _ in states if tail is not None]
+        assert len(tails) == len(cache.layers)
+        assert report.held - before == sum(x.nbytes for tail in tails for x in (tail.k, tail.v))
+
+
+def test_gradients_are_refused_when_asked_for(ids: Tensor) -> None:
+    llama = make_model("llama").train().requires_grad_(True)
+    with torch.enable_grad(), tersekv.attached(llama):
+        loss = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "terse4"), labels=ids).loss
+        with torch.no_grad():
+            same = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "terse4"), labels=ids).loss
+    assert loss.detach() == same
+    with pytest.raises(InputError, match="no gradient: what is stored is rounded"):
+        loss.backward()
 
 
 def test_attached_restores_the_model(llama: PreTrainedModel) -> None:

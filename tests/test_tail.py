@@ -113,6 +113,20 @@ def assert_same(one: Store, other: Store) -> None:
         assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
+@pytest.mark.parametrize("keep", [128, 150, 200])
+def test_waiting_tokens_evict_nothing_late(keep: int) -> None:
+    spec = f"terse4 policy=streaming keep={keep}"
+    stepped = filled(spec, 300)
+    appended = stepped.at((stepped.tiers, None, 0))
+    for _ in range(150):
+        q, k, v = drawn(1)
+        assert stepped.step(q, k, v, 0.125) is not None
+        appended.append(k, v, None)
+        tiers, _, waiting = stepped.state
+        held = sum(tier.lengths for tier in tiers.all().values()) + waiting
+        assert (held == sum(tier.lengths for tier in appended.tiers.all().values())).all()
+
+
 def test_every_state_keeps_its_tokens() -> None:
     """Rollback, forks and forks of forks that write on at the same place, all of them over one tail."""
     store = filled("terse3", 100)

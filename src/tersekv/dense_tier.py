@@ -10,11 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tersekv.ops import (
-    Partial,
-    attend_dense,
-    dense_part,
-)
+from tersekv.ops import Partial, attend_dense, dense_part
 from tersekv.ragged import Lengths, join, take
 
 

@@ -40,15 +40,17 @@ class Store:
     @property
     def tiers(self) -> Tiers:
         """All tokens, by tier. Those that a decoding step left waiting are given to the policy first."""
-        tiers, tail, count = self.state
-        if tail is not None:
-            tiers = self.spec.policy.place(tiers, tail.tokens(count)) if count else tiers
-            self.state = (tiers, None, 0)
-        return tiers
+        self._settle()
+        return self.state[0]
 
     @tiers.setter
     def tiers(self, tiers: Tiers) -> None:
         self.state = (tiers, None, 0)
+
+    def _settle(self) -> None:
+        tiers, tail, count = self.state
+        if tail is not None:
+            self.state = (self.spec.policy.place(tiers, tail.tokens(count)) if count else tiers, None, 0)
 
     @property
     def lengths(self) -> Int[np.ndarray, "b"]:
@@ -93,7 +95,7 @@ class Store:
         if out is not None:
             self.state = (tiers, tail, count + n)
             if count + n == tail.room:
-                _ = self.tiers  # a block may be due
+                self._settle()  # a block may be due
         return out
 
     def extend(

@@ -1,5 +1,6 @@
 """`tersekv bench decode`: tokens a second of a whole model at several contexts, and the memory of the process."""
 
+from random import Random
 from time import perf_counter
 from typing import Any
 
@@ -61,8 +62,9 @@ def _at(decoders: Decoders, context: int, new_tokens: int, stages: Stages) -> li
     with decoders.at(context) as found:
         prefill = _read_all(found, tokens[:-new_tokens], stages)
         seconds: dict[str, list[float]] = {one.name: [] for one in found}
+        order = Random(0)  # drawn anew for each token, because who comes after llama.cpp is slower
         for number, token in enumerate(tokens[-new_tokens:]):
-            for one in found:
+            for one in order.sample(found, len(found)):
                 began = perf_counter()
                 one.read(token[None])
                 seconds[one.name].append(perf_counter() - began)

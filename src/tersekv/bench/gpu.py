@@ -1,4 +1,4 @@
-"""Speed on a CUDA device: a parity gate, then cold launches in turn, timed with events.
+"""Speed on a CUDA device: a parity gate, then cold launches of one contestant after the other, timed with events.
 
 Between two launches other memory is *read*: it empties the caches and leaves no dirty lines, whose write-back the next
 kernel would pay for.

@@ -80,6 +80,21 @@ def former_attention(module: torch.nn.Module, former: str) -> Callable[..., Any]
     return AttentionInterface()[former]
 
 
+class _NoGradient(torch.autograd.Function):
+    """Lets a model that was not told to leave gradients out go on, until somebody asks for one."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise InputError(
+            "Attention to a packed cache has no gradient: what is stored is rounded. Train with a DynamicCache, or "
+            "without a cache."
+        )
+
+
 def _forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -102,6 +117,8 @@ def _forward(
     except InputError:
         key.layer.cache.rollback()
         raise
+    if query.requires_grad and torch.is_grad_enabled():
+        out = _NoGradient.apply(out, query)
     return out.transpose(1, 2).contiguous(), None  # native code has written it in this order
 
 

@@ -10,7 +10,8 @@ from tersekv.errors import InputError
 
 def check_finite(layer: int, start: int, k: Tensor, v: Tensor) -> None:
     """Raise InputError naming layer, side and position of the first NaN or Inf."""
-    if isfinite(torch.dot(k.flatten(), v.flatten())):  # one look for both: it can overflow, but never hide a NaN or Inf
+    # One look for both: a product can overflow, but never hide a NaN or Inf.
+    if isfinite(torch.dot(k.detach().flatten(), v.detach().flatten())):
         return
     for side, x in (("keys", k), ("values", v)):
         if torch.isfinite(x).all():

@@ -15,19 +15,22 @@ def cache_report(spec: str, layers: Iterable[Any]) -> CacheReport:
     stores = [x.store for x in layers if isinstance(x, PackedLayer) and x.store is not None]
     tokens = max((x.slots.total for x in layers if isinstance(x, PackedLayer)), default=0)
     sequences = len(stores[0].lengths) if stores else 0
-    readers = {implementation_of(tier.pages) for store in stores for tier in store.tiers.packed.values()}
+    readers = {implementation_of(tier.pages) for store in stores for tier in store.state[0].packed.values()}
     return CacheReport(spec, tokens, sequences, rows, "; ".join(sorted(readers)) or implementation())
 
 
 def _packed(layer: PackedLayer) -> LayerReport:
     if layer.store is None:
         return LayerReport(layer.index, "packed", 0, 0, 0)
-    tiers = {name: tier_bytes(tier) for name, tier in layer.store.tiers.all().items()}
-    k = layer.store.tiers.dense["recent"].k
+    tiers, tail, _ = layer.store.state  # as they are: what waits in a tail keeps waiting, and its room is counted
+    planes = {name: tier_bytes(tier) for name, tier in tiers.all().items()}
+    if tail is not None:
+        planes["tail"] = {"k": storage_bytes(tail.k), "v": storage_bytes(tail.v)}
+    k = tiers.dense["recent"].k
     b, h, _, d = k.shape
     values = 2 * b * h * layer.slots.total * d
-    held = sum(sum(planes.values()) for planes in tiers.values())
-    return LayerReport(layer.index, "packed", values * k.element_size(), values * 2, held, tiers)
+    held = sum(sum(tier.values()) for tier in planes.values())
+    return LayerReport(layer.index, "packed", values * k.element_size(), values * 2, held, planes)
 
 
 def _dense(index: int, layer: Any) -> LayerReport:

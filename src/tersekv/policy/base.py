@@ -34,7 +34,7 @@ class Policy(ABC):
 
     @abstractmethod
     def room(self, tiers: Tiers) -> int:
-        """How many tokens every sequence can take before a block is due in one of them; at least 1."""
+        """How many tokens every sequence can take before a block of one of them is packed or evicted; at least 1."""
 
     @abstractmethod
     def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:

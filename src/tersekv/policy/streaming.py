@@ -41,5 +41,11 @@ class Streaming(Window):
         left = {"packed": packed.without_first(over)}
         return replace(tiers, packed=left, evicted=tiers.evicted.more(over, below))
 
+    def room(self, tiers: Tiers) -> int:
+        """Until a block is packed or leaves: tokens that wait meanwhile change neither."""
+        packed, recent = tiers.packed["packed"], tiers.dense["recent"]
+        to_keep = self.keep + packed.block - packed.lengths - recent.lengths
+        return min(super().room(tiers), int((np.maximum(self.sink - tiers.seen, 0) + to_keep).min()))
+
     def held(self, tokens: int) -> int:
         return min(tokens, self.sink + self.keep)

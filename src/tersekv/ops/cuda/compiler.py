@@ -6,6 +6,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ def kept(text: str, arch: str, options: tuple[str, ...], folder: Path | None = N
     cubin = compiled(text, arch, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{torch.initial_seed() & 0xFFFFFFFF:08x}")
-        part.write_bytes(cubin)
-        part.replace(path)  # in one step: another process never reads half a file
+        with NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(cubin)
+        Path(part.name).replace(path)  # in one step: another process never reads half a file
     except OSError:
         return cubin  # a home that cannot be written costs a compilation in each process
     return cubin
