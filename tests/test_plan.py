@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 import tersekv
 from tersekv.errors import InputError
 from tersekv.hf.cost import sequence_bytes, weight_count
-from tersekv.plan import memory_bytes, plan
+from tersekv.plan import MOST, largest, memory_bytes, plan
 from tersekv.spec import PRESETS, parse
 
 
@@ -71,7 +71,7 @@ def test_quality_comes_from_the_records(folder: str) -> None:
     ("options", "said"),
     [
         (("1KiB", None, 1, 16.0, 0.1), "weights at 16 bits, but 1KiB"),
-        (("1MiB", 0, 1, 16.0, 0.1), "--context 0: at least one token"),
+        (("1MiB", 0, 1, 16.0, 0.1), "--context 0: this model takes 1 to"),
         (("1MiB", None, 0, 16.0, 0.1), "--users 0"),
         (("1MiB", None, 1, 40.0, 0.1), "--weight-bits 40"),
         (("1MiB", None, 1, 16.0, 1.0), "--reserve 1"),
@@ -82,3 +82,9 @@ def test_what_cannot_be_planned_is_said(
 ) -> None:
     with pytest.raises(InputError, match=said):
         plan(folder, *options)
+
+
+def test_a_cache_that_never_grows_fits_any_number_of_tokens() -> None:
+    assert MOST <= largest(lambda tokens: 5, 10) <= 2 * MOST
+    assert largest(lambda tokens: 5, 4) == 0
+    assert largest(lambda tokens: 3 * tokens, 100) == 33

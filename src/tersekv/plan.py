@@ -19,6 +19,8 @@ MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)
 # Records with measured quality: those of a checkout, or those that came with the package.
 RECORDS = (ROOT / "results", Path(__file__).parent / "_results")
 
+MOST = 2**40  # tokens; a cache that keeps a fixed number of them never fills its memory
+
 
 def memory_bytes(text: str) -> int:
     """Bytes of "80GB" (decimal) or "80GiB" (binary). Raises InputError for anything else."""
@@ -80,7 +82,7 @@ def plan(
     name: str, memory: str, context: int | None, users: int, weight_bits: float, reserve: float, progress: Any = None
 ) -> Plan:
     """Raises InputError for options out of range, or if the weights alone do not fit; ModelError for the model."""
-    from tersekv.hf.cost import context_limit, sequence_bytes, weight_count
+    from tersekv.hf.cost import checked_context, context_limit, sequence_bytes, weight_count
     from tersekv.models import config
 
     total = memory_bytes(memory)
@@ -91,9 +93,7 @@ def plan(
         )
     whole = config(name, progress)
     limit, weights = context_limit(whole), round(weight_count(whole) * weight_bits / 8)
-    tokens = min(limit or 32_768, 32_768) if context is None else context
-    if tokens < 1:
-        raise InputError(f"--context {tokens}: at least one token.")
+    tokens = checked_context(whole, context)
     free = int(total * (1 - reserve)) - weights
     if free <= 0:
         raise InputError(
@@ -118,15 +118,15 @@ def _room(
 ) -> Room:
     spec = parse(text)
     one = cost(tokens, spec)
-    alone, shared = (_most(lambda count: cost(count, spec), free // sharing) for sharing in (1, users))
+    alone, shared = (largest(lambda count: cost(count, spec), free // sharing) for sharing in (1, users))
     label = "none (16 bits)" if text == "none" else text
     return Room(label, one, alone, free // one, shared, measured.get(str(spec), {}))
 
 
-def _most(needs: Callable[[int], int], free: int) -> int:
-    """The largest number of tokens that need at most `free` bytes."""
+def largest(needs: Callable[[int], int], free: int) -> int:
+    """The largest number of tokens that need at most `free` bytes, up to `MOST`: a policy may keep a fixed number."""
     low, high = 0, 1
-    while needs(high) <= free:
+    while high <= MOST and needs(high) <= free:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

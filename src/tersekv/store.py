@@ -117,7 +117,7 @@ class Store:
         if padding is None and (out := self.step(q, k, v, scale, route)) is not None:
             return out
         outputs = []
-        for start, stop in self._pieces(k.shape[2]):
+        for start, stop in self.pieces(k.shape[2]):
             now_q, now_k, now_v = (x[:, :, start:stop] for x in (q, k, v))
             pads = None if padding is None else np.clip(padding - start, 0, stop - start)
             outputs.append(self._attend(now_q, now_k, now_v, pads, scale, route))
@@ -132,7 +132,8 @@ class Store:
         padding = torch.zeros(len(q), dtype=torch.int64) if pads is None else torch.from_numpy(pads)
         return merge([*stored, attend_causal(q, k, v, padding, scale)])[0]
 
-    def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
+    def pieces(self, n: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of the parts in which `n` new tokens are taken; store each part before asking for the next."""
         start = 0
         while start < n:
             room = n if self.spec.prefill == "exact" else self.spec.policy.room(self.tiers)

@@ -1,6 +1,5 @@
 """How near one layer's stored keys, values and attention are to its own: each number for each head and token."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,13 +61,13 @@ def fidelity(seen: Seen, spec: Spec) -> dict[str, Found]:
     _, h, n, d = seen.k.shape
     store = Store(spec, 1, h, d, seen.k.dtype, seen.k.device)
     outputs, logits, first = [], [], n
-    for start, stop in _pieces(store, n):
+    for start, stop in store.pieces(n):
         q, k, v = (x[:, :, start:stop] for x in (seen.q, seen.k, seen.v))
         sees_packed = any(tier.lengths.any() for tier in store.tiers.packed.values())
         if sees_packed:
             first = min(first, start)
             logits.append(_logit_errors(store, seen, start, stop))
-        out = store.extend(q, k, v, np.zeros(1, dtype=np.int64), seen.scale)
+        out = store.extend(q, k, v, None, seen.scale)
         outputs += [out[0]] if sees_packed else []
     found = _stored(store, seen)
     if outputs:
@@ -76,14 +75,6 @@ def fidelity(seen: Seen, spec: Spec) -> dict[str, Found]:
         found |= _outputs(seen.exact[0, :, first:], torch.cat(outputs, 1), positions)
         found["logit_error"] = _found(torch.cat(logits, 1), positions)
     return found
-
-
-def _pieces(store: Store, n: int) -> Iterator[tuple[int, int]]:
-    start = 0
-    while start < n:
-        stop = min(start + store.spec.policy.room(store.tiers), n)
-        yield start, stop
-        start = stop
 
 
 def _logit_errors(store: Store, seen: Seen, start: int, stop: int) -> Float[Tensor, "hq n"]:

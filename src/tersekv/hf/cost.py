@@ -23,6 +23,16 @@ def context_limit(whole: PreTrainedConfig) -> int | None:
     return getattr(whole.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
+def checked_context(whole: PreTrainedConfig, context: int | None) -> int:
+    """`context`, or what a model takes up to 32,768 tokens. Raises InputError for one that the model does not have."""
+    limit = context_limit(whole)
+    tokens = min(limit or 32_768, 32_768) if context is None else context
+    if tokens < 1 or (limit and tokens > limit):
+        most = f"{limit} tokens (max_position_embeddings)" if limit else "any number of tokens"
+        raise InputError(f"--context {tokens}: this model takes 1 to {most}.")
+    return tokens
+
+
 def weight_count(whole: PreTrainedConfig) -> int:
     """Weights of the model, shared ones once, without making room for them."""
     with quiet(), torch.device("meta"):
@@ -44,10 +54,7 @@ def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) 
 
     Raises InputError for a context that the model does not have.
     """
-    limit = context_limit(whole)
-    tokens = min(limit or 32_768, 32_768) if context is None else context
-    if tokens < 1 or (limit and tokens > limit):
-        raise InputError(f"--context {tokens}: this model takes 1 to {limit} tokens (max_position_embeddings).")
+    tokens = checked_context(whole, context)
     return {name: count for name, count in _costs(whole, spec, tokens).items() if name != "tables"}
 
 
