@@ -8,6 +8,7 @@ constexpr int ROWS = 64;   // query rows of one job, at most: their sums stay in
 constexpr int STRIP = 4;   // query rows that share one pass over a block, at most
 constexpr int TILE = 4;    // blocks that share one step of the running softmax, at most
 constexpr int LANES = 16;  // floats of the widest register
+constexpr int BLOCKS_AHEAD = TILE + 1;  // blocks after which a page is read that is asked for now
 
 // Query rows of a job, prepared for the keys of a block.
 struct alignas(64) Queries {
@@ -33,7 +34,7 @@ struct alignas(64) Block {
   float q_gain[ROWS], q_shift[ROWS];
   uint8_t k_levels[BLOCK * MAX_HEAD_DIM], v_levels[BLOCK * MAX_HEAD_DIM];
   const uint8_t *k, *v;
-  const uint8_t* ahead;  // the page that is read when this tile is done
+  const uint8_t* ahead;  // a page that is read later, or null
   int first, last;  // the tokens of the block that count
 };
 

@@ -132,7 +132,7 @@ class Run {
         const int rows = job_.rows - r < Isa::STRIP ? job_.rows - r : Isa::STRIP;
         for (int i = 0; i < step; i++) score(blocks_[i], strip_.scores[i], r, rows);
         Ahead soften[TILE];
-        for (int i = 0; i < step; i++) soften[i] = ahead(blocks_[i], 1);
+        for (int i = 0; i < step; i++) soften[i] = ahead(blocks_[i], 1, r);
         const bool zero = job_.k->zero || job_.v->zero;
         SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip_, r, soften, whole, out_.max, b * BLOCK, v_int8_);
         for (int i = 0; i < step; i++) mix(blocks_[i], i, r, rows);
@@ -154,20 +154,24 @@ class Run {
     block.k = page + job_.k->start, block.v = page + job_.v->start;
   }
 
-  // The page that is read TILE blocks later, by this job or by the one after it.
+  // The page that is read BLOCKS_AHEAD blocks later, by this job or by the one after it.
   const uint8_t* ahead_of(int64_t index, const uint8_t* page) const {
     const Tokens& t = job_.tokens;
-    const int64_t later = index + TILE, beyond = later - (t.last + BLOCK - 1) / BLOCK;
+    const int64_t later = index + BLOCKS_AHEAD, beyond = later - (t.last + BLOCK - 1) / BLOCK;
     if (beyond < 0) return t.pool + t.table[later] * t.page_bytes;
     return beyond < t.next_count ? t.pool + t.next[beyond] * t.page_bytes : page;
   }
 
-  // The three parts of a block's work ask for the lines of a page in proportion to the time they take.
-  Ahead ahead(const Block& block, int part) const {
+  // All strips together ask for each line of a page once. The three parts of a strip's work do so in proportion to the
+  // time that they take: scores two fifths, softmax one, sums of values two.
+  Ahead ahead(const Block& block, int part, int r) const {
     if (!block.ahead) return {nullptr, 0};
-    const int units = d_ / 8, lines = int(job_.tokens.page_bytes / 64 + 1), each = (2 * lines / 5 + units - 1) / units;
-    if (part == 1) return {block.ahead + 64 * each * units, (lines / 5 + STRIP - 1) / STRIP};
-    return {block.ahead + (part ? 64 * (each * units + lines / 5) : 0), each};
+    const int strip = r / Isa::STRIP, fifths = 5 * ((job_.rows + Isa::STRIP - 1) / Isa::STRIP);
+    const int lines = int((job_.tokens.page_bytes + 127) / 64);  // a page may begin in the middle of one
+    const int from = lines * (5 * strip + part + (part > 0)) / fifths;
+    const int to = lines * (5 * strip + 2 + part + (part == 2)) / fifths;
+    const int left = job_.rows - r, steps = part != 1 ? d_ / 8 : left < Isa::STRIP ? left : Isa::STRIP;
+    return {block.ahead + 64 * from, (256 * (to - from) + steps - 1) / steps};
   }
 
   void read_planes(Block& block) {
@@ -221,11 +225,11 @@ class Run {
       const uint8_t* keys = block.k + s.values.offset;
       SCORE_DENSE[of_kind(s.values.kind)][rows - 1](keys, dense_stride(s, job_.tokens.k_stride), block.last, d_, q, scores);
     } else if (!k_int8_) {
-      SCORE_EXACT[of_bits(s.bits)][rows - 1](s.table, block.k + s.codes, ahead(block, 0), d_, q, scores);
+      SCORE_EXACT[of_bits(s.bits)][rows - 1](s.table, block.k + s.codes, ahead(block, 0, r), d_, q, scores);
     } else if (shared_) {
-      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.k_levels, Ahead{nullptr, 0}, d_, int8, scores);
+      SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.k_levels, ahead(block, 0, r), d_, int8, scores);
     } else {
-      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.k + s.codes, ahead(block, 0), d_, int8, scores);
+      SCORE_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.k + s.codes, ahead(block, 0, r), d_, int8, scores);
     }
   }
 
@@ -240,11 +244,11 @@ class Run {
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
       MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, fade, gain, out);
     } else if (!v_int8_) {
-      MIX_EXACT[of_bits(s.bits)][rows - 1](s.table, block.v + s.codes, ahead(block, 2), d_, weights, fade, gain, out);
+      MIX_EXACT[of_bits(s.bits)][rows - 1](s.table, block.v + s.codes, ahead(block, 2, r), d_, weights, fade, gain, out);
     } else if (shared_) {
-      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.v_levels, Ahead{nullptr, 0}, d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], block.v_levels, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
     } else {
-      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.v + s.codes, ahead(block, 2), d_, strip_.int8[i], fade, gain, out);
+      MIX_INT8[of_bits(s.bits)][rows - 1](s.levels[0], block.v + s.codes, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
     }
     if (by_channel) add_by_channel(block, i, later, r, rows);
   }

@@ -79,13 +79,14 @@ INLINE int32_t four(const int8_t* p) {
   return x;
 }
 
-// Lines of the page that is read next, asked for a few at a time: memory has its own time to answer, and pages lie where
-// the table says, which no hardware foresees.
+// Lines of a page that is read later, asked for a few at a time: memory has its own time to answer, and pages lie where
+// the table says, which no hardware foresees. Into the first cache: a hint for the second one is dropped where the address
+// is not translated yet (measured on a Zen 5), which is so for every new page.
 struct Ahead {
   const uint8_t* at;
-  int lines;  // a step
+  int each;  // 256ths of a line, a step
   INLINE void operator()(int step) const {
-    for (int i = 0; i < lines; i++) __builtin_prefetch(at + VECTOR * (step * lines + i), 0, 2);
+    for (int i = step * each >> 8; i < (step + 1) * each >> 8; i++) __builtin_prefetch(at + VECTOR * i, 0, 3);
   }
 };
 
