@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, CacheFileError
-from tersekv.tiers import Evicted, Tiers
+from tersekv.tiers import Evicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +57,44 @@ def save(cache: PackedCache, path: str | Path, model: PreTrainedModel) -> None:
         "layers": json.dumps(notes),
     }
     metadata["sha256"] = _digest(tensors, metadata)
-    path = Path(path)
+    _write(_unshared(tensors), Path(path), metadata)
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     partial = path.with_name(path.name + ".partial")
-    save_file({name: x.clone() for name, x in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CacheFileError(
+            f"{path} cannot be written: {error}. The cache is unchanged; give a folder with room."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views copied, as safetensors wants it; what owns its memory, such as pages, is written from where it lies."""
+    owners: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        memory = x.untyped_storage()
+        alone = memory.nbytes() == x.nbytes and memory.data_ptr() not in owners
+        own[name] = x if alone else x.clone()
+        owners.add(memory.data_ptr())
+    return own
+
+
+def spill(cache: PackedCache, folder: str | Path, model: PreTrainedModel) -> Path:
+    """As `save`, in a new file of the folder, which is made if need be. Returns its path."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheFileError(f"{folder} cannot be made: {error}. Give another folder to spill to.") from error
+    path = folder / f"{uuid4().hex}.safetensors"
+    save(cache, path, model)
+    return path
 
 
 def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
@@ -75,7 +110,8 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         prefix = f"{index}."
-        state = {n.removeprefix(prefix): x.to(device) for n, x in tensors.items() if n.startswith(prefix)}
+        # Copied: the file is mapped, and may be deleted or written over while the cache lives.
+        state = {n.removeprefix(prefix): x.to(device, copy=True) for n, x in tensors.items() if n.startswith(prefix)}
         if isinstance(layer, PackedLayer):
             _restore_packed(layer, state, notes[str(index)])
         elif state:
@@ -86,9 +122,9 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
 
 def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tiers = layer.opened().tiers
-    tensors = {f"{name}.{plane}": x for name, tier in tiers.all().items() for plane, x in tier.tensors().items()}
-    tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()}
-    tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
+    tensors = {f"{name}.{plane}": x for name, tier in tiers.held().items() for plane, x in tier.tensors().items()}
+    tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()} | tiers.tensors()
+    tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.held().items()}
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
     evicted = {"evicted": [tiers.evicted.count.tolist(), tiers.evicted.below.tolist()]}
     notes = {"slots": layer.slots.total, "padded": padded}
@@ -113,7 +149,8 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}
     gone = (np.array(x, dtype=np.int64) for x in notes["evicted"]) if "evicted" in notes else None
     evicted = Evicted(*gone) if gone else Evicted.none(dense["recent"].lengths)
-    store.tiers = Tiers(dense, packed, evicted)
+    more = {name: state[name].cpu() for name in store.tiers.tensors()}
+    store.tiers = replace(store.tiers, dense=dense, packed=packed, evicted=evicted, **more)
     padded = tuple((start, np.array(pads, dtype=np.int64)) for start, pads in notes["padded"])
     layer.slots = Slots(notes["slots"], padded)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tersekv.codec import Codec
@@ -24,7 +24,7 @@ from tersekv.ops import (
     repack,
 )
 from tersekv.packed import Packed
-from tersekv.ragged import Lengths, join, take
+from tersekv.ragged import Lengths, gather, join, take
 
 
 @lru_cache
@@ -134,6 +134,25 @@ class PackedTier:
         table, starts = (take(x, first, left // self.block) for x in (self.table, self.starts))
         cut = replace(self, table=table, starts=starts, lengths=left, whole=False)
         return replace(cut, table=torch.where(cut.filled(), table, -1)).compacted()
+
+    def where(self, mask: Bool[np.ndarray, "b h blocks"]) -> "PackedTier":
+        """The blocks that the mask chooses, in their order, none beyond the lengths. Other pages are freed."""
+        count = mask.sum(-1)
+        order = np.argsort(~mask, axis=-1, kind="stable")[..., : int(count.max(initial=0))]
+        index = torch.from_numpy(order).to(self.pool.device)
+        table, starts = gather(self.table, index), gather(self.starts, index)
+        cut = replace(self, table=table, starts=starts, lengths=count * self.block, whole=False)
+        return replace(cut, table=torch.where(cut.filled(), table, -1)).compacted()
+
+    def joined(self, other: "PackedTier") -> "PackedTier":
+        """With the blocks of another tier of the same codecs, whose pages are copied as they are."""
+        pool = new_pool(len(self.pool) + len(other.pool), self.pool.shape[1], self.pool.device)
+        pool[: len(self.pool)], pool[len(self.pool) :] = self.pool, other.pool
+        counts = self.lengths // self.block, other.lengths // self.block
+        table = join(self.table, counts[0], other.table + len(self.pool), counts[1])
+        starts = join(self.starts, counts[0], other.starts, counts[1])
+        both = replace(self, pool=pool, table=table, starts=starts, lengths=self.lengths + other.lengths)
+        return replace(both, table=torch.where(both.filled(), table, -1), whole=self.whole and other.whole)
 
     @cached_property
     def pages(self) -> Pages:

@@ -22,6 +22,7 @@ class LayerReport:
     dense16: int
     held: int
     tiers: dict[str, dict[str, int]] = field(default_factory=dict)
+    statistics: dict[str, int] = field(default_factory=dict)  # what the policy counted
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,16 @@ class CacheReport:
                     total[tier, plane] = total.get((tier, plane), 0) + count
         return total
 
+    def statistics(self) -> dict[str, int]:
+        """What the policy counted, summed over layers; empty if it counts nothing."""
+        total: dict[str, int] = {}
+        for layer in self.layers:
+            for name, count in layer.statistics.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | self.totals()
+        return asdict(self) | self.totals() | ({"statistics": x} if (x := self.statistics()) else {})
 
     def totals(self) -> dict[str, Any]:
         names = ("held", "dense", "dense16", "ratio", "ratio16")
@@ -80,7 +89,9 @@ class CacheReport:
             f"{bytes_text(self.dense)} dense, ratio {self.ratio:.2f} ({self.ratio16:.2f} against 16 bits), "
             f"attention by {self.implementation}"
         )
-        return Group(head, self._by_plane(), self._by_layer())
+        counted = ", ".join(f"{name} {count:,}" for name, count in self.statistics().items())
+        lines = [head, f"counted by the policy: {counted}"] if counted else [head]
+        return Group(*lines, self._by_plane(), self._by_layer())
 
     def _by_plane(self) -> Table:
         table = Table("tier", "plane", "bytes", "share", title="by tier and plane")

@@ -40,6 +40,7 @@ POLICIES = {
     "window": "tersekv.policy.window:Window",
     "streaming": "tersekv.policy.streaming:Streaming",
     "snapkv": "tersekv.policy.snapkv:SnapKV",
+    "hotcold": "tersekv.policy.hotcold:HotCold",
 }
 
 PRESETS = {
@@ -75,7 +76,11 @@ class Spec:
         words = [k] if k == v else [f"k={k}", f"v={v}"]
         name = policy_name(self.policy)
         words += [f"policy={name}"] if name != "window" else []
-        words += [f"{f.name}={x}" for f in fields(self.policy) if (x := getattr(self.policy, f.name)) != f.default]
+        words += [
+            f"{f.name}={option_text(x)}"
+            for f in fields(self.policy)
+            if (x := getattr(self.policy, f.name)) != f.default
+        ]
         words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
         return " ".join(words)
 

@@ -83,7 +83,7 @@ class Store:
         None, and nothing is stored, where native code cannot do all of it, tokens are not finite or not like those
         held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
         """
-        if route == "decoded":
+        if route == "decoded" or self.spec.policy.asks:
             return None
         (tiers, tail, count), n = self.state, q.shape[2]
         if tail is None or not tail.claim(count, n):
@@ -143,14 +143,10 @@ class Store:
 
     def decoded(self) -> DenseTier:
         """Every stored token in the order of its position, unpacked."""
-        parts = [tier.decoded() for tier in self.tiers.all().values()]
-        whole = parts[0]
-        for part in parts[1:]:
+        whole, *parts = (tier.decoded() for tier in self.tiers.all().values())
+        for part in parts:
             whole = whole.append(part)
-        counted = torch.from_numpy(np.arange(whole.k.shape[2]) < whole.lengths[..., None]).to(whole.k.device)
-        order = torch.where(counted, whole.positions, torch.iinfo(torch.int32).max).argsort(-1)
-        k, v = (x.gather(2, order[..., None].expand_as(x)) for x in (whole.k, whole.v))
-        return DenseTier(k, v, whole.positions.gather(2, order), whole.lengths)
+        return whole.sorted()
 
     def crop(self, lengths: Int[np.ndarray, "b"]) -> None:
         """Keep the first `lengths` real tokens of each sequence; see the policy for a block that is cut through."""

@@ -4,7 +4,7 @@ Immutability is what makes rollback exact and beam search cheap: an older state 
 share pages. Lengths live on the host as NumPy arrays (b, h), because the host decides what is appended where.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -44,7 +44,20 @@ class Tiers:
     evicted: Evicted
 
     def all(self) -> dict[str, DenseTier | PackedTier]:
+        """The tiers whose tokens are attended to: together every token once."""
+        return self.held()
+
+    def held(self) -> dict[str, DenseTier | PackedTier]:
+        """All tiers, copies of tokens that another one holds too among them."""
         return {**self.dense, **self.packed}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is held beside the tiers, which count theirs themselves; on the host."""
+        return {}
+
+    def statistics(self) -> dict[str, int]:
+        """What a policy counted, over all rows."""
+        return {}
 
     @cached_property
     def seen(self) -> Lengths:
@@ -54,4 +67,4 @@ class Tiers:
     def select(self, rows: Int[Tensor, "rows"]) -> "Tiers":
         dense = {name: tier.select(rows) for name, tier in self.dense.items()}
         packed = {name: tier.select(rows) for name, tier in self.packed.items()}
-        return Tiers(dense, packed, self.evicted.select(rows))
+        return replace(self, dense=dense, packed=packed, evicted=self.evicted.select(rows))

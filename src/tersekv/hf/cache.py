@@ -3,12 +3,14 @@
 import warnings
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from tersekv import files
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
 from tersekv.hf.layer import Handle, PackedLayer
@@ -24,6 +26,7 @@ class PackedCache(Cache):
         self.config, self.spec = config.get_text_config(decoder=True), spec
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
+        self._spilled: Path | None = None
         dense = DynamicCache(config=self.config).layers
         layers = [
             PackedLayer(spec, index, self) if type(layer) is DynamicLayer else layer
@@ -51,6 +54,7 @@ class PackedCache(Cache):
         return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_spilled()
         if layer_idx == next(iter(self._before), layer_idx):  # the layer with which the pass under way began
             self._begin(key_states.shape[2])
         self._before[layer_idx] = _snapshot(self.layers[layer_idx])
@@ -96,6 +100,7 @@ class PackedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` slots of every sequence, in every layer or, on an error, in none."""
+        self._refuse_spilled()
         before = [_snapshot(layer) for layer in self.layers]
         try:
             super().crop(tokens_to_remove)
@@ -105,14 +110,50 @@ class PackedCache(Cache):
             raise
 
     def reset(self) -> None:
-        self._before = {}
+        self._before, self._spilled = {}, None
         super().reset()
+
+    def spill(self, folder: str | Path, model: PreTrainedModel) -> Path:
+        """Write the cache to a new file in `folder` and let go of its memory. `restore` brings it back, bit for bit.
+
+        Pages that a copy or another beam shares are freed when that lets go of them too. Returns the file, which
+        `tersekv.load` reads as well, in any process. Raises CacheError for a cache that is empty, spilled, or in the
+        middle of a forward pass, and CacheFileError where the file cannot be written; the cache is then unchanged.
+        """
+        self._refuse_spilled()
+        if self._before:
+            raise CacheError("The last forward pass stopped half-way. Call cache.rollback() first.")
+        path = files.spill(self, folder, model)
+        self._become(PackedCache(self.config, self.spec))
+        self._spilled = path
+        return path
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Bring back a spilled cache, if its file has the hash that it was written with, and delete the file.
+
+        Raises CacheFileError for a damaged or missing file or another model; the cache then stays spilled.
+        """
+        if self._spilled is None:
+            raise CacheError("This cache is not spilled: there is nothing to restore. Go on with it.")
+        path = self._spilled
+        self._become(files.load(path, model))
+        self._spilled = None
+        path.unlink()
+
+    def _refuse_spilled(self) -> None:
+        if self._spilled is not None:
+            raise CacheError(f"This cache was spilled to {self._spilled}. Call cache.restore(model) to go on with it.")
+
+    def _become(self, other: "PackedCache") -> None:
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            _restore(mine, _snapshot(its))
 
     def copy(self, prefill: str | None = None) -> "PackedCache":
         """A second cache with the same tokens, which then goes its own way; pages are shared, so it costs nothing.
 
         `prefill` replaces the spec's ("exact" or "packed") for what the copy will be given.
         """
+        self._refuse_spilled()
         spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
         fork = PackedCache(self.config, spec)
         for mine, its in zip(self.layers, fork.layers, strict=True):

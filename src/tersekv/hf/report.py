@@ -23,14 +23,16 @@ def _packed(layer: PackedLayer) -> LayerReport:
     if layer.store is None:
         return LayerReport(layer.index, "packed", 0, 0, 0)
     tiers, tail, _ = layer.store.state  # as they are: what waits in a tail keeps waiting, and its room is counted
-    planes = {name: tier_bytes(tier) for name, tier in tiers.all().items()}
+    planes = {name: tier_bytes(tier) for name, tier in tiers.held().items()}
     if tail is not None:
         planes["tail"] = {"k": storage_bytes(tail.k), "v": storage_bytes(tail.v)}
+    if more := tiers.tensors():
+        planes["policy"] = {name: storage_bytes(x) for name, x in more.items()}
     k = tiers.dense["recent"].k
     b, h, _, d = k.shape
     values = 2 * b * h * layer.slots.total * d
     held = sum(sum(tier.values()) for tier in planes.values())
-    return LayerReport(layer.index, "packed", values * k.element_size(), values * 2, held, planes)
+    return LayerReport(layer.index, "packed", values * k.element_size(), values * 2, held, planes, tiers.statistics())
 
 
 def _dense(index: int, layer: Any) -> LayerReport:
