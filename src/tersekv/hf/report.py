@@ -25,7 +25,7 @@ def _packed(layer: PackedLayer) -> LayerReport:
     tiers, tail, _ = layer.store.state  # as they are: what waits in a tail keeps waiting, and its room is counted
     planes = {name: tier_bytes(tier) for name, tier in tiers.all().items()}
     if tail is not None:
-        planes["tail"] = {"k": storage_bytes(tail.k), "v": storage_bytes(tail.v)}
+        planes["tail"] = tail.planes()
     k = tiers.dense["recent"].k
     b, h, _, d = k.shape
     values = 2 * b * h * layer.slots.total * d
