@@ -158,12 +158,13 @@ def _random(config: dict[str, Any], device: str) -> PreTrainedModel:
 
 def _contestants(plan: Plan, model: PreTrainedModel, b: int, t: int) -> Iterator[tuple[str, Callable[[], Any], Within]]:
     """Names, what makes a step of each, and where it runs; the memory goes with what is made."""
-    for name, make, graph in (
-        ("dense, DynamicCache, no graph", gpu_dense.dynamic, False),
-        ("dense, StaticCache", gpu_dense.static, True),
-        ("dense, no room to grow", gpu_dense.full, True),
+    alone = partial(gpu_dense.unmasked, model)
+    for name, make, graph, within in (
+        ("dense, DynamicCache, no graph", gpu_dense.dynamic, False, nullcontext),
+        ("dense, StaticCache", gpu_dense.static, True, nullcontext),
+        ("dense, no room to grow", gpu_dense.full, True, alone),
     ):
-        yield name, partial(_dense_model, model, make, b, t, graph), nullcontext
+        yield name, partial(_dense_model, model, make, b, t, graph), within
     for name in plan.specs:
         yield name, partial(_our_model, model, name, b, t - 1, t + 512), partial(tersekv.attached, model)
 
@@ -240,7 +241,7 @@ def _filled(plan: Plan, model: PreTrainedModel, name: str, b: int) -> dict[str, 
     """Bytes held with the weights while a token is decoded, and the seconds of one step."""
     t = plan.fit[0]
     dense = name.startswith("dense")
-    with nullcontext() if dense else tersekv.attached(model):
+    with gpu_dense.unmasked(model) if dense else tersekv.attached(model):
         run = _dense_model(model, gpu_dense.full, b, t, False) if dense else _our_model(model, name, b, t - 1, t)
         run()
         torch.cuda.synchronize()

@@ -1,15 +1,39 @@
 """What packed caches are compared with on a GPU: 16-bit caches, and the fastest that attention to one can be."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+UNMASKED = "tersekv_bench_unmasked"
+
+
+def _unmasked(
+    module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Without a mask, which transformers writes while a graph is captured even where all tokens are seen."""
+    return sdpa(q, k, v, scale=scaling, enable_gqa=True).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def unmasked(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model attends to all of its cache, with the fastest kernels there are."""
+    AttentionInterface.register(UNMASKED, _unmasked)
+    AttentionMaskInterface.register(UNMASKED, lambda **_: None)
+    before = model.config._attn_implementation or "eager"
+    model.set_attn_implementation(UNMASKED)
+    try:
+        with sdpa_kernel(FASTEST, set_priority=True) if model.device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class FullLayer(CacheLayerMixin):
@@ -83,12 +107,11 @@ class DenseStep:
         self.ids = torch.zeros(b, 1, dtype=torch.int64, device=model.device)
         self.positions = torch.full_like(self.ids, int(cache.get_seq_length()))
         self.graph: torch.cuda.CUDAGraph | None = None
-        with sdpa_kernel(FASTEST) if isinstance(cache.layers[0], FullLayer) else nullcontext():
-            self.forward()
-            if graph:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.logits = self.forward()
+        self.forward()
+        if graph:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.forward()
 
     def __call__(self) -> Tensor:
         if self.graph is None:
