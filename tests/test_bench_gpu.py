@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tersekv import InputError
-from tersekv.bench import gpu, gpu_run
+from tersekv.bench import gpu, gpu_dense, gpu_run
 from tersekv.bench.gpu_tables import GpuResult, tables
 from tersekv.errors import TersekvError
 from tersekv.ops import cuda
@@ -75,3 +76,20 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "attend_pages", wrong)
     with pytest.raises(TersekvError, match="Parity gate"):
         gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "terse3"}, cases, 2)], "cuda")
+
+
+def test_the_dense_bound_attends_to_its_whole_cache_without_a_mask() -> None:
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    cache = gpu_dense.full(model, 2, 40)
+    with torch.inference_mode(), gpu_dense.unmasked(model):
+        step = gpu_dense.DenseStep(model, cache, 2, False)
+        before, last = step(), cache.layers[0].k[:, :, -1].clone()
+        cache.layers[0].v[:, :, 0] += 100
+        assert not torch.equal(step(), before)  # the first token counts
+        assert torch.equal(cache.layers[0].k[:, :, -1], last)  # the new one is the last
+        assert before.shape == (2, 31)
+    assert model.config._attn_implementation != gpu_dense.UNMASKED

@@ -8,7 +8,7 @@ import pytest
 
 from tersekv.codec import Codec
 from tersekv.errors import TersekvError
-from tersekv.ops.cuda import attending, compiler, encoding, joining, source
+from tersekv.ops.cuda import attending, compiler, encoding, joining, source, stepping
 from tersekv.spec import parse, parse_codec
 
 pytestmark = pytest.mark.skipif(compiler.uncompilable() is not None, reason=str(compiler.uncompilable()))
@@ -85,6 +85,14 @@ def test_the_others(arch: str) -> None:
     assert all(stack_bytes(compiler.compiled(text, arch)) == 0 for text in texts)
 
 
+@pytest.mark.parametrize("kind", ["BF16", "FP32"])
+@pytest.mark.parametrize("d", attending.HEAD_DIMS)
+def test_a_step(d: int, kind: str) -> None:
+    texts = [stepping.storing_text(d, kind, True)]
+    texts += [stepping.finishing_text(d, kind, rows, True) for rows in stepping.ROWS]
+    assert all(stack_bytes(compiler.compiled(text, "sm_90")) == 0 for text in texts)
+
+
 def test_a_spill_would_be_seen() -> None:
     text = """extern "C" __global__ void spills(int* x) {
       int a[64] = {};
@@ -98,10 +106,21 @@ def test_machine_code_is_kept(tmp_path: Path) -> None:
     text = source.read("merge.cu")
     first = compiler.kept(text, "sm_90", (), tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(b"from disk")
+    file.write_bytes(compiler._head(b"from disk") + b"from disk")
     assert compiler.kept(text, "sm_90", (), tmp_path) == b"from disk"
     assert compiler.kept(text, "sm_80", (), tmp_path) not in (first, b"from disk")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_damaged_machine_code_is_compiled_again(tmp_path: Path) -> None:
+    text = source.read("merge.cu")
+    first = compiler.kept(text, "sm_90", (), tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole + b"x", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        assert compiler.kept(text, "sm_90", (), tmp_path) == first
+        assert file.read_bytes() == whole
 
 
 def test_an_error_carries_the_log() -> None:

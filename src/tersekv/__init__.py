@@ -10,10 +10,11 @@ from tersekv.errors import CacheError, CacheFileError, InputError, ModelError, S
 
 if TYPE_CHECKING:
     from tersekv.files import load, save
-    from tersekv.hf import PackedCache, attached, cache
+    from tersekv.hf import GraphedStep, PackedCache, attached, cache
     from tersekv.spec import Spec, parse
 
 _WHERE = {
+    "GraphedStep": "tersekv.hf",
     "PackedCache": "tersekv.hf",
     "attached": "tersekv.hf",
     "cache": "tersekv.hf",
@@ -26,6 +27,7 @@ _WHERE = {
 __all__ = [
     "CacheError",
     "CacheFileError",
+    "GraphedStep",
     "InputError",
     "ModelError",
     "PackedCache",

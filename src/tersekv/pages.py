@@ -69,6 +69,7 @@ PARTS = {
     "decode": decode_tables.tables,
     "attend cuda": gpu_tables.tables,
     "encode cuda": gpu_tables.tables,
+    "decode cuda": gpu_tables.tables,
 }  # records of several tables, and what makes them
 
 

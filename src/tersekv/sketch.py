@@ -43,7 +43,8 @@ def project(q: Float[Tensor, "*lead d"], m: int, seed: int) -> Float[Tensor, "*l
 
 
 def unproject(o: Float[Tensor, "*lead m"], d: int, seed: int) -> Float[Tensor, "*lead d"]:
-    return o.float() @ torch.from_numpy(matrix(o.shape[-1], d, seed)).to(o.device)
+    """In fp64, where the sum of decoded signs, multiples of one number, is exact in whatever order it is taken."""
+    return (o.double() @ torch.from_numpy(matrix(o.shape[-1], d, seed)).to(o.device).double()).float()
 
 
 def recipe(m: int) -> Grid:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
+from tersekv.device_tail import DeviceTail
 from tersekv.ops import attend_alone, attend_causal, merge
 from tersekv.policy.base import Asked
 from tersekv.ragged import take
@@ -17,15 +18,28 @@ from tersekv.tail import Tail
 from tersekv.tiers import Tiers
 
 Padding = Int[np.ndarray, "b"] | None  # tokens at the left of a chunk that belong to no sequence; None: there are none
-State = tuple[Tiers, Tail | None, int]
+State = tuple[Tiers, Tail | DeviceTail | None, int]  # tiers, and how many tokens of a tail behind them
 
 
 class Store:
     """Keys and values of one layer under one spec. A failed call leaves it unchanged."""
 
-    def __init__(self, spec: Spec, b: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises SpecError if a codec does not fit head dim `d`."""
-        self.spec = spec
+    def __init__(
+        self,
+        spec: Spec,
+        b: int,
+        h: int,
+        d: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        room: int | None = None,
+    ) -> None:
+        """`room`: tokens of a sequence that a GPU keeps memory for; None: a little more than there are.
+
+        Raises SpecError if a codec does not fit head dim `d`.
+        """
+        self.spec, self.room = spec, room
+        self.steady = True  # no sequence was selected or cropped since the last step
         empty = DenseTier.empty(b, h, d, dtype, device)
         self.like = empty.k  # what keys and values must be like
         # A layer's state. Nothing that it refers to is ever changed, so it can be kept, and returned to.
@@ -48,9 +62,9 @@ class Store:
         self.state = (tiers, None, 0)
 
     def _settle(self) -> None:
-        tiers, tail, count = self.state
+        _, tail, count = self.state
         if tail is not None:
-            self.state = (self.spec.policy.place(tiers, tail.tokens(count)) if count else tiers, None, 0)
+            self.state = (tail.settled(self.spec.policy, count), None, 0)
 
     @property
     def lengths(self) -> Int[np.ndarray, "b"]:
@@ -78,15 +92,18 @@ class Store:
         scale: float,
         route: str = "fused",
     ) -> Float[Tensor, "b hq n d"] | None:
-        """`extend` for a few tokens without padding, in one native call.
+        """`extend` for a few tokens without padding, in one native call, or in three launches on a GPU.
 
         None, and nothing is stored, where native code cannot do all of it, tokens are not finite or not like those
         held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
+        On a GPU the device is not waited for: see `DeviceTail.claim` for tokens that are not finite.
         """
         if route == "decoded" or self.spec.policy.asks:
             return None
+        if q.device.type == "cuda":
+            return self._step_on_device(q, k, v, scale) if route == "fused" else None
         (tiers, tail, count), n = self.state, q.shape[2]
-        if tail is None or not tail.claim(count, n):
+        if not isinstance(tail, Tail) or not tail.claim(count, n):
             tiers, count = self.tiers, 0
             tail = Tail.behind(tiers, self.spec.policy.room(tiers), q) if tiers.seen.any() else None
             if tail is None or not tail.claim(0, n):
@@ -94,9 +111,47 @@ class Store:
         out = tail.step(q, k, v, count, scale, route == "exact")
         if out is not None:
             self.state = (tiers, tail, count + n)
-            if count + n == tail.room:
+            if tail.full(count + n):
                 self._settle()  # a block may be due
         return out
+
+    def _step_on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+        n = q.shape[2]
+        if not self.ready(n) and not self._begin_tail(q):
+            return None
+        tiers, tail, count = self.state
+        if not isinstance(tail, DeviceTail) or not tail.claim(count, n):
+            return None
+        self.state = (tiers, tail, count + n)
+        return tail.step(q, k, v, scale)
+
+    def _begin_tail(self, q: Tensor) -> bool:
+        """Memory with room, for who goes on: where beams are exchanged at every step it would be copied each time."""
+        steady, self.steady = self.steady, True
+        if not steady or not self.lengths.any():
+            return False
+        tail = DeviceTail.behind(self.tiers, self.spec.policy, self.room, q)
+        if tail is not None:
+            self.state = (tail.tiers, tail, 0)
+        return tail is not None
+
+    def ready(self, n: int) -> bool:
+        """Whether the next `n` tokens are a matter of launches alone, which a graph can hold. Packs what is due."""
+        _, tail, count = self.state
+        return isinstance(tail, DeviceTail) and tail.takes(count, n)
+
+    def replayed(self, n: int) -> None:
+        """A graph was replayed in which `step` stored `n` tokens; see `hf.graph`."""
+        tiers, tail, count = self.state
+        assert isinstance(tail, DeviceTail)
+        tail.wrote(n)
+        self.state = (tiers, tail, count + n)
+
+    def kept(self) -> State:
+        """A state that can be returned to however long this store goes on."""
+        if isinstance(self.state[1], DeviceTail):
+            self._settle()
+        return self.state
 
     def extend(
         self,
@@ -150,8 +205,8 @@ class Store:
 
     def crop(self, lengths: Int[np.ndarray, "b"]) -> None:
         """Keep the first `lengths` real tokens of each sequence; see the policy for a block that is cut through."""
-        self.tiers = self.spec.policy.crop(self.tiers, lengths)
+        self.tiers, self.steady = self.spec.policy.crop(self.tiers, lengths), False
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Sequences `rows`, in that order; a sequence may repeat."""
-        self.tiers = self.tiers.select(rows)
+        self.tiers, self.steady = self.tiers.select(rows), False

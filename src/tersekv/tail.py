@@ -8,7 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersekv import ops
+from tersekv.accounting import storage_bytes
 from tersekv.dense_tier import DenseTier
+from tersekv.policy.base import Policy
 from tersekv.tiers import Tiers
 
 ROOM = 16  # tokens: few enough to hold, many enough that a change of tiers is paid once in a while
@@ -37,6 +39,17 @@ class Tail:
         if not ops.few_on_processor(q) or any(tier.part is None for tier in tiers.all().values()):
             return None
         return Tail(tiers, min(room, ROOM))
+
+    def full(self, count: int) -> bool:
+        return count == self.room
+
+    def settled(self, policy: Policy, count: int) -> Tiers:
+        """The tiers after the first `count` tokens, which the policy is given now."""
+        return policy.place(self.tiers, self.tokens(count)) if count else self.tiers
+
+    def planes(self) -> dict[str, int]:
+        """Bytes that are held beside the tiers'."""
+        return {"k": storage_bytes(self.k), "v": storage_bytes(self.v)}
 
     def claim(self, held: int, more: int) -> bool:
         """Whether the holder of the first `held` tokens may write `more`; from then on nobody else may."""

@@ -1,4 +1,4 @@
-"""Speed on a CUDA device: a parity gate, then cold launches of one contestant after the other, timed with events.
+"""Speed on a CUDA device: a parity gate, then cold launches of all contestants in turn, timed with events.
 
 Between two launches other memory is *read*: it empties the caches and leaves no dirty lines, whose write-back the next
 kernel would pay for.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tersekv.bench.data import error
-from tersekv.bench.timing import spread
+from tersekv.bench.timing import paired, spread
 from tersekv.errors import TersekvError
 from tersekv.layout import BLOCK, Layout
 from tersekv.ops import attend_pages, encode, page_layouts, repack
@@ -28,6 +29,7 @@ PEERS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention 2": SDPBackend.FLA
 FLUSH = 2**30  # bytes read between two launches: twenty times the second-level cache
 COPY = 2**31
 MOST = 2.0  # times the error of 16-bit attention on the same dequantised tensors
+Within = Callable[[], AbstractContextManager[Any]]
 FLOOR = 1e-3  # errors below it are not compared: 16-bit attention may be right by luck
 
 
@@ -54,7 +56,7 @@ class Contestant:
     nbytes: int
     run: Callable[[], Any]
     error: float | None
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    within: Within = nullcontext
 
 
 class Cold:
@@ -70,16 +72,20 @@ class Cold:
     def __call__(self) -> None:
         self.other.max()
 
-    def turns(self, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-        """Seconds of each, one a round, after two that are not counted."""
+    def turns(
+        self, runs: dict[str, Callable[[], Any]], rounds: int, within: dict[str, Within] | None = None
+    ) -> dict[str, list[float]]:
+        """Seconds of each, one a round, after two that are not counted. The order is drawn anew for each round."""
         marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
+        drawn = Random(0)
         for _ in range(rounds + 2):
-            for name, run in runs.items():
+            for name in drawn.sample(list(runs), len(runs)):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self()  # takes longer than Python to launch what follows, so that the device never waits for it
-                begin.record()
-                run()
-                end.record()
+                with (within or {}).get(name, nullcontext)():
+                    self()  # takes longer than Python to launch what follows, so that the device never waits for it
+                    begin.record()
+                    runs[name]()
+                    end.record()
                 marks[name].append((begin, end))
         torch.cuda.synchronize()
         return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs[2:]] for name, pairs in marks.items()}
@@ -168,22 +174,20 @@ def peers(case: Case, drawn: tuple[Tensor, Tensor, Tensor]) -> Iterator[Contesta
 
 
 def measure(case: Case, specs: dict[str, Spec], rounds: int, cold: Cold, device: str) -> dict[str, Any]:
-    """The rows of one case; `times_faster` is against its fastest bf16 kernel."""
+    """The rows of one case; `times_faster` is against its fastest bf16 kernel, in the same rounds."""
     drawn = draw(case, device)
-    half = list(peers(case, drawn))
-    rows, base = [], None
-    for group in [half, *([name] for name in specs)]:
-        allowed = None
-        if isinstance(group[0], str):
-            one, allowed = ours(case, group[0], specs[group[0]], drawn)
-            group = [one]
-        for one in group:
-            assert isinstance(one, Contestant)
-            with one.within():
-                times = spread(cold.turns({one.name: one.run}, rounds)[one.name])
-            rate = one.nbytes / times["median"] / 1e9
-            base = min(base or times["median"], times["median"]) if one.kind == "bf16" else base
-            row = {"name": one.name, "kind": one.kind, "bytes": one.nbytes, "error": one.error, "seconds": times}
-            row |= {"gb_per_second": rate, "share_of_copy": rate / cold.gb_per_second, "error_of_bf16": allowed}
-            rows.append(row | ({"times_faster": base / times["median"]} if base and one.kind == "ours" else {}))
+    found: list[tuple[Contestant, float | None]] = [(one, None) for one in peers(case, drawn)]
+    found += [ours(case, name, spec, drawn) for name, spec in specs.items()]
+    everyone = [one for one, _ in found]
+    seconds = cold.turns({one.name: one.run for one in everyone}, rounds, {one.name: one.within for one in everyone})
+    times = {name: spread(values) for name, values in seconds.items()}
+    half = [one.name for one in everyone if one.kind == "bf16"]
+    base = min(half, key=lambda name: times[name]["median"], default=None)
+    rows = []
+    for one, allowed in found:
+        rate = one.nbytes / times[one.name]["median"] / 1e9
+        row = {"name": one.name, "kind": one.kind, "bytes": one.nbytes, "error": one.error, "seconds": times[one.name]}
+        row |= {"gb_per_second": rate, "share_of_copy": rate / cold.gb_per_second, "error_of_bf16": allowed}
+        faster = paired(seconds[base], seconds[one.name])["median"] if base and one.kind == "ours" else None
+        rows.append(row | ({"times_faster": faster} if faster else {}))
     return asdict(case) | {"rows": rows}

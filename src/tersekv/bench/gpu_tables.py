@@ -24,9 +24,11 @@ class GpuResult:
 
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
-    """A table for each grid of an attention record, by its name; one named "encode" for encoding."""
+    """A table for each grid of an attention record, by its name; "encode"; "layer", "model", "fit" of decoding."""
     if record["bench"] == "encode cuda":
         return {"encode": _encoding(record)}
+    if record["bench"] == "decode cuda":
+        return {"layer": _layer(record), "model": _model(record), "fit": _fit(record)}
     grids: dict[str, list[Case]] = {}
     for case in record["cases"]:
         grids.setdefault(case["grid"], []).append(case)
@@ -77,4 +79,36 @@ def _encoding(record: dict[str, Any]) -> Table:
             f"{row['gb_per_second']:,.0f}",
             f"{100 * row['share_of_copy']:.0f} %",
         )
+    return table
+
+
+def _layer(record: dict[str, Any]) -> Table:
+    table = _table("a layer's step", ["case", "cache"], ["us (p20-p80)", "x faster than dense"])
+    for row in record["layer"]:
+        faster = row["times_faster"]
+        said = f"{faster['median']:.2f} ({faster['p20']:.2f}-{faster['p80']:.2f})" if faster else ""
+        table.add_row(f"b={row['b']} t={row['t']:,}", row["name"], _microseconds(row["seconds"]), said)
+    return table
+
+
+def _model(record: dict[str, Any]) -> Table:
+    table = _table("a model's step", ["case", "cache"], ["ms (p20-p80)", "tokens a second", "allocated", "peak"])
+    for row in record["model"]:
+        label = f"b={row['b']} t={row['t']:,}"
+        if "absent" in row:
+            table.add_row(label, row["name"], row["absent"], "", "", "")
+            continue
+        median, low, high = (f"{1e3 * row['seconds'][part]:.2f}" for part in ("median", "p20", "p80"))
+        sizes = bytes_text(row["allocated"]), bytes_text(row["peak"])
+        table.add_row(label, row["name"], f"{median} ({low}-{high})", f"{row['tokens_per_second']:,.0f}", *sizes)
+    return table
+
+
+def _fit(record: dict[str, Any]) -> Table:
+    t, limit = record["settings"]["fit"]
+    heads = ["sequences", "tokens", "GB allocated", "ms of a step"]
+    table = _table(f"sequences of {t:,} tokens in {limit / 1e9:.0f} GB", ["cache"], heads)
+    for row in record["fit"]:
+        sizes = f"{row['allocated'] / 1e9:.1f}", f"{1e3 * row['seconds']:.0f}"
+        table.add_row(row["name"], f"{row['sequences']:,}", f"{row['tokens']:,}", *sizes)
     return table

@@ -2,5 +2,6 @@
 
 from tersekv.hf.attention import attached
 from tersekv.hf.cache import PackedCache, cache
+from tersekv.hf.graph import GraphedStep
 
-__all__ = ["PackedCache", "attached", "cache"]
+__all__ = ["GraphedStep", "PackedCache", "attached", "cache"]

@@ -22,14 +22,14 @@ from tersekv.spec import Spec, parse
 class PackedCache(Cache):
     """Pass it as `past_key_values`. Either every layer takes a forward pass's tokens, or none does."""
 
-    def __init__(self, config: PreTrainedConfig, spec: Spec) -> None:
-        self.config, self.spec = config.get_text_config(decoder=True), spec
+    def __init__(self, config: PreTrainedConfig, spec: Spec, room: int | None = None) -> None:
+        self.config, self.spec, self.room = config.get_text_config(decoder=True), spec, room
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
         self._spilled: Path | None = None
         dense = DynamicCache(config=self.config).layers
         layers = [
-            PackedLayer(spec, index, self) if type(layer) is DynamicLayer else layer
+            PackedLayer(spec, index, self, room) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(dense)
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
@@ -155,8 +155,10 @@ class PackedCache(Cache):
         """
         self._refuse_spilled()
         spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
-        fork = PackedCache(self.config, spec)
+        fork = PackedCache(self.config, spec, self.room)
         for mine, its in zip(self.layers, fork.layers, strict=True):
+            if isinstance(mine, PackedLayer) and mine.store is not None:
+                mine.store.kept()
             _restore(its, _snapshot(mine))
             if isinstance(its, PackedLayer) and its.store is not None:
                 its.store.spec = spec
@@ -180,12 +182,19 @@ def _restore(layer: Any, state: Any) -> None:
         vars(layer).update(state)
 
 
-def cache(model: PreTrainedModel, spec: str | Spec = "terse4") -> PackedCache:
-    """An empty packed cache for `model`. Raises SpecError for a bad spec, ModelError for a model without KV cache."""
+def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None) -> PackedCache:
+    """An empty packed cache for `model`.
+
+    `room`: tokens that a sequence may come to have. On a GPU memory for them is taken at the first decoding step, so
+    that it is not copied again, and a captured step serves all of them. More are taken all the same.
+    Raises SpecError for a bad spec, InputError for a room that is none, ModelError for a model without KV cache.
+    """
+    if room is not None and room < 1:
+        raise InputError(f"room={room}: a number of tokens, 1 or more, or None.")
     chosen = parse(spec) if isinstance(spec, str) else spec
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
         raise ModelError(
             f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
             "Use a causal language model such as LlamaForCausalLM."
         )
-    return PackedCache(model.config, chosen)
+    return PackedCache(model.config, chosen, room)

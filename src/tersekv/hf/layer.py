@@ -77,15 +77,15 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, spec: Spec, index: int, cache: Owner) -> None:
+    def __init__(self, spec: Spec, index: int, cache: Owner, room: int | None = None) -> None:
         super().__init__()
-        self.spec, self.index, self.cache = spec, index, cache
+        self.spec, self.index, self.cache, self.room = spec, index, cache, room
         self.slots, self.store = Slots(), None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.store = Store(self.spec, b, h, d, key_states.dtype, key_states.device)
+        self.store = Store(self.spec, b, h, d, key_states.dtype, key_states.device, self.room)
         self.is_initialized = True
 
     def opened(self) -> Store:
@@ -127,6 +127,15 @@ class PackedLayer(CacheLayerMixin):
         self.slots = self.slots.grown(q.shape[2], padding)
         self.cache.finished(self.index)
         return out
+
+    def ready(self, n: int) -> bool:
+        """Whether a forward pass of `n` tokens is a matter of launches alone. See `Store.ready`."""
+        return self.store is not None and self.store.ready(n)
+
+    def replayed(self, n: int) -> None:
+        """A graph stored `n` tokens."""
+        self.opened().replayed(n)
+        self.slots = self.slots.grown(n, None)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.total + query_length, 0

@@ -25,7 +25,7 @@ def _packed(layer: PackedLayer) -> LayerReport:
     tiers, tail, _ = layer.store.state  # as they are: what waits in a tail keeps waiting, and its room is counted
     planes = {name: tier_bytes(tier) for name, tier in tiers.held().items()}
     if tail is not None:
-        planes["tail"] = {"k": storage_bytes(tail.k), "v": storage_bytes(tail.v)}
+        planes["tail"] = tail.planes()
     if more := tiers.tensors():
         planes["policy"] = {name: storage_bytes(x) for name, x in more.items()}
     k = tiers.dense["recent"].k

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tersekv.layout import Layout
+from tersekv.layout import BLOCK, Layout
 from tersekv.ops import attention as reference
 from tersekv.ops import cuda, native
 from tersekv.ops.encoding import encode, repack, rotate, rotation_signs, unrotate
@@ -17,9 +17,11 @@ from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Recipe
 
 __all__ = [
+    "BLOCK",
     "Implementation",
     "Pages",
     "Partial",
+    "StepTokens",
     "attend_alone",
     "attend_causal",
     "attend_dense",
@@ -39,6 +41,9 @@ __all__ = [
     "repack",
     "rotate",
     "step",
+    "step_on_device",
+    "step_signs",
+    "steps_on_device",
     "tail",
     "unrotate",
 ]
@@ -47,6 +52,7 @@ FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's mat
 KERNELS = {"cpu": native, "cuda": cuda}  # by the type of device
 attend_alone = reference.attend_alone
 step, tail = native.step, native.tail
+StepTokens, step_on_device, steps_on_device = cuda.StepTokens, cuda.step, cuda.steps
 
 
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:
@@ -68,6 +74,14 @@ def pages_part(pages: Pages, k_rotation: int | None, v_rotation: int | None) -> 
         return None
     signs = [None if seed is None else rotation_signs(d, seed, pages.pool.device) for seed in (k_rotation, v_rotation)]
     return native.pages_part(pages, *signs)
+
+
+def step_signs(
+    k_rotation: int | None, v_rotation: int | None, d: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The signs of the rotations into the domains of keys and values, as `step_on_device` takes them."""
+    k, v = (None if seed is None else rotation_signs(d, seed, device) for seed in (k_rotation, v_rotation))
+    return k, v
 
 
 def new_pool(pages: int, nbytes: int, device: torch.device) -> Tensor:

@@ -9,9 +9,11 @@ from tersekv.ops.cuda.encoding import encode, rotate, rotates, writes
 from tersekv.ops.cuda.joining import attend_dense, joins, merge
 from tersekv.ops.cuda.joining import reads as reads_dense
 from tersekv.ops.cuda.repacking import repack, repacks
+from tersekv.ops.cuda.stepping import StepTokens, step, steps
 
 __all__ = [
     "ORDERS",
+    "StepTokens",
     "attend_dense",
     "attend_pages",
     "encode",
@@ -26,5 +28,7 @@ __all__ = [
     "repacks",
     "rotate",
     "rotates",
+    "step",
+    "steps",
     "writes",
 ]

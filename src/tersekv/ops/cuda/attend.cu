@@ -4,6 +4,7 @@
 #include "mix.cuh"
 #include "ring.cuh"
 #include "score.cuh"
+#include "waiting.cuh"
 
 typedef Ring<SLOTS, SLOT_BYTES> Pages;
 
@@ -57,6 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   };
 #pragma unroll 1
   for (int side = 0; side < SLOTS - 1; side++) ask(side, side);
+  wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
+  let_next_launch();
 
   for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
     shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;

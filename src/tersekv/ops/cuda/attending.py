@@ -153,6 +153,37 @@ def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> t
     return run, how, tiles, splits(sequences * tiles, blocks, how, gpu.processors)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a launch needs besides tensors. `results`: query rows of splits that wait to be joined."""
+
+    run: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    tiles: int
+    results: int
+    numbers: tuple[int, int, int, int, int]  # page bytes, rows, blocks, splits, tiles of a row
+
+
+def launch(pages: Pages, q: Tensor) -> Launch:
+    """Of attention from queries such as `q`; lengths are not looked at, so the device is not waited for."""
+    b, hq, n, _ = q.shape
+    h, blocks = pages.table.shape[1:]
+    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid)  # for the type checker: see `reads`
+    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
+    run, how, tiles, parts = _plan(form, b * h, blocks, hq // h * n, q.device.index)
+    results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
+    numbers = (pages.pool.stride(0), hq // h * n, blocks, parts, tiles)
+    return Launch(run, (b * h * tiles * parts, 1, 1), how.threads, b * h * tiles, results, numbers)
+
+
+def scratch(plan: Launch, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for outputs and log-sum-exps of splits."""
+    d = q.shape[-1]
+    room = torch.empty(plan.results * (d + 1), dtype=torch.float32, device=q.device)
+    return room, room[plan.results * d :]
+
+
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -166,22 +197,20 @@ def _arrived(tiles: int, device: torch.device) -> Tensor:
     return _counters[key]
 
 
-def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
-    """As `ops.attention.attend_pages`, in 8-bit integers. One launch, no host sync."""
-    b, hq, n, d = q.shape
-    h, blocks = pages.table.shape[1:]
-    rows, device = hq // h * n, q.device
-    out = torch.empty(b, hq, n, d, dtype=torch.float32, device=device)
-    lse = torch.empty(b, hq, n, dtype=torch.float32, device=device)
-    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid)  # for the type checker: see `reads`
-    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
-    run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
-    results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
-    scratch = torch.empty(results * (d + 1), dtype=torch.float32, device=device)
-    sums = scratch[results * d :]
+def attend_pages(
+    q: Tensor, pages: Pages, scale: float, arrived: Tensor | None = None, overlap: bool = False
+) -> Partial:
+    """As `ops.attention.attend_pages`, in 8-bit integers. One launch, no host sync.
+
+    `arrived`: the caller's own counters, int32 zeros, two for each query head and 16 new tokens; they are left 0.
+    `overlap`: the launch may begin before the one that writes `q` has ended; see `Kernel`.
+    """
+    plan = launch(pages, q)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     q, table, lengths = q.float().contiguous(), pages.table.contiguous(), pages.lengths.contiguous()
-    arrived = _arrived(b * h * tiles, device)
-    tensors = (q, pages.pool, table, lengths, out, lse, scratch, sums, arrived)
-    numbers = (pages.pool.stride(0), rows, blocks, parts, tiles, scale * LOG2E)
-    run((b * h * tiles * parts, 1, 1), how.threads, Arguments(*(x.data_ptr() for x in tensors), *numbers))
+    counters = _arrived(plan.tiles, q.device) if arrived is None else arrived
+    tensors = (q, pages.pool, table, lengths, out, lse, *scratch(plan, q), counters)
+    arguments = Arguments(*(x.data_ptr() for x in tensors), *plan.numbers, scale * LOG2E)
+    plan.run(plan.grid, plan.threads, arguments, overlap)
     return out, lse

@@ -2,7 +2,7 @@
 
 import hashlib
 from ctypes import Structure, addressof, c_void_p
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,38 +81,81 @@ def kept(text: str, arch: str, options: tuple[str, ...], folder: Path | None = N
     parts = [text.encode(), *headers().values(), arch.encode(), *(o.encode() for o in options), _version().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     path = (folder or user_cache_path("tersekv") / "cuda") / f"{key}.cubin"
-    if path.is_file():
-        return path.read_bytes()
+    if (found := _whole(path)) is not None:
+        return found
     cubin = compiled(text, arch, options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(cubin)
+            part.write(_head(cubin) + cubin)
         Path(part.name).replace(path)  # in one step: another process never reads half a file
     except OSError:
         return cubin  # a home that cannot be written costs a compilation in each process
     return cubin
 
 
-class Kernel:
-    """A loaded kernel of one device."""
+def _head(cubin: bytes) -> bytes:
+    """What stands before machine code on disk: its length and its hash."""
+    return len(cubin).to_bytes(8, "little") + hashlib.sha256(cubin).digest()
 
-    def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
+
+def _whole(path: Path) -> bytes | None:
+    """The machine code of a file; None if there is none, or if it is not what was written: it is compiled again."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    size = len(_head(b""))
+    return content[size:] if content[:size] == _head(content[size:]) else None
+
+
+class Kernel:
+    """A loaded kernel of one device, which must be the current one while it is made."""
+
+    def __init__(self, cubin: bytes, name: str, device: int, shared_bytes: int) -> None:
         driver = _bindings("driver")
         module = _checked(driver.cuModuleLoadData(cubin))
         self.function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        self.shared_bytes, self._launch = shared_bytes, driver.cuLaunchKernel
+        self.device, self.shared_bytes, self._driver = device, shared_bytes, driver
+        self._overlaps = torch.cuda.get_device_capability(device)[0] >= 9
+        self._config = lru_cache(maxsize=64)(self._overlapping)
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self.function, most, shared_bytes))
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, arguments: Structure) -> None:
-        """Launch on PyTorch's current stream. The kernel takes the structure by value."""
-        stream = torch.cuda.current_stream().cuda_stream
+    def __call__(self, grid: tuple[int, int, int], threads: int, arguments: Structure, overlap: bool = False) -> None:
+        """Launch on PyTorch's current stream of the kernel's device. The kernel takes the structure by value.
+
+        `overlap`: the launch may begin before the one ahead of it ends, and waits in the kernel (see `waiting.cuh`).
+        """
+        if torch.cuda.current_device() != self.device:  # the driver launches in the current context
+            with torch.cuda.device(self.device):
+                return self(grid, threads, arguments, overlap)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
         pointers = (c_void_p * 1)(addressof(arguments))
-        shape = (*grid, threads, 1, 1, self.shared_bytes)
-        (code,) = self._launch(self.function, *shape, stream, addressof(pointers), 0)
+        if overlap and self._overlaps:
+            config = self._config(grid, threads, stream)
+            (code,) = self._driver.cuLaunchKernelEx(config, self.function, addressof(pointers), 0)
+        else:
+            shape = (*grid, threads, 1, 1, self.shared_bytes)
+            (code,) = self._driver.cuLaunchKernel(self.function, *shape, stream, addressof(pointers), 0)
         if int(code):
             raise TersekvError(f"A CUDA kernel was not launched: {code}. Grid {grid}, {threads} threads.")
+
+        return None
+
+    def _overlapping(self, grid: tuple[int, int, int], threads: int, stream: int) -> Any:
+        """A launch whose start is not held up by the end of the one before (programmatic stream serialization)."""
+        driver = self._driver
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared_bytes, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
 
 @cache
@@ -120,4 +163,4 @@ def kernel(text: str, name: str, device: int, shared_bytes: int = 0, options: tu
     """The kernel `name` of this source on a device, compiled at the first call."""
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        return Kernel(kept(text, f"sm_{major}{minor}", options), name, shared_bytes)
+        return Kernel(kept(text, f"sm_{major}{minor}", options), name, device, shared_bytes)
