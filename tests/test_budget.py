@@ -13,12 +13,12 @@ BUDGET = {
     ".": 3300,
     "bench": 1880,
     "codecs": 1090,
-    "eval": 1320,
-    "hf": 820,
+    "eval": 1330,
+    "hf": 860,
     "models": 600,
     "ops": 1260,
     "ops/cuda": 780,
-    "policy": 260,
+    "policy": 730,
     "reports": 660,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9

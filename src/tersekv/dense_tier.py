@@ -1,17 +1,17 @@
 """Tokens of one layer in the model's own precision. Immutable: an operation returns a new tier."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tersekv.ops import Partial, attend_dense, dense_part
-from tersekv.ragged import Lengths, join, take
+from tersekv.ragged import Lengths, gather, join, take
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,19 @@ class DenseTier:
 
     def append(self, other: "DenseTier") -> "DenseTier":
         joined = {n: join(x, self.lengths, other.tensors()[n], other.lengths) for n, x in self.tensors().items()}
-        return DenseTier(**joined, lengths=self.lengths + other.lengths)
+        return replace(self, **joined, lengths=self.lengths + other.lengths)
+
+    def where(self, mask: Bool[Tensor, "b h t"]) -> "DenseTier":
+        """The tokens that the mask chooses, in their order; it chooses none beyond the lengths."""
+        count = mask.sum(-1).cpu().numpy()
+        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., : int(count.max(initial=0))]
+        return self._changed(lambda x: gather(x, order), count)
+
+    def sorted(self) -> "DenseTier":
+        """In the order of positions."""
+        counted = torch.from_numpy(np.arange(self.k.shape[2]) < self.lengths[..., None]).to(self.k.device)
+        order = torch.where(counted, self.positions, torch.iinfo(torch.int32).max).argsort(-1)
+        return self._changed(lambda x: gather(x, order), self.lengths)
 
     def select(self, rows: Int[Tensor, "rows"]) -> "DenseTier":
         return self._changed(lambda x: x.index_select(0, rows), self.lengths[rows.cpu().numpy()])
@@ -53,7 +65,7 @@ class DenseTier:
         return self._changed(torch.clone, self.lengths)
 
     def _changed(self, change: Callable[[Tensor], Tensor], lengths: Lengths) -> "DenseTier":
-        return DenseTier(**{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
         """In fp32, whether `exact` or not."""

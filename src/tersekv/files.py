@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, CacheFileError
-from tersekv.tiers import Evicted, Tiers
+from tersekv.tiers import Evicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
 def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tiers = layer.opened().tiers
     tensors = {f"{name}.{plane}": x for name, tier in tiers.all().items() for plane, x in tier.tensors().items()}
-    tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()}
+    tensors |= {f"{name}.pool": tier.linear_pool() for name, tier in tiers.packed.items()} | tiers.tensors()
     tensors |= {f"{name}.lengths": torch.from_numpy(tier.lengths) for name, tier in tiers.all().items()}
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
     evicted = {"evicted": [tiers.evicted.count.tolist(), tiers.evicted.below.tolist()]}
@@ -106,14 +106,15 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
         lengths = state[f"{name}.lengths"].cpu().numpy()
         planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
         if isinstance(tier, DenseTier):
-            return DenseTier(**planes, lengths=lengths)
+            return replace(tier, **planes, lengths=lengths)
         return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths, whole=False)
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}
     packed = {name: restored(name, tier) for name, tier in store.tiers.packed.items()}
     gone = (np.array(x, dtype=np.int64) for x in notes["evicted"]) if "evicted" in notes else None
     evicted = Evicted(*gone) if gone else Evicted.none(dense["recent"].lengths)
-    store.tiers = Tiers(dense, packed, evicted)
+    more = {name: state[name] for name in store.tiers.tensors()}
+    store.tiers = replace(store.tiers, dense=dense, packed=packed, evicted=evicted, **more)
     padded = tuple((start, np.array(pads, dtype=np.int64)) for start, pads in notes["padded"])
     layer.slots = Slots(notes["slots"], padded)
 

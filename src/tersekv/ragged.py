@@ -14,9 +14,12 @@ def take(x: Tensor, start: Lengths, count: Lengths) -> Tensor:
     if (start == start.flat[0]).all() and (count == longest).all():
         return x[:, :, start.flat[0] : start.flat[0] + longest]
     index = start[..., None] + np.minimum(np.arange(longest), np.maximum(count[..., None] - 1, 0))
-    index = torch.from_numpy(np.minimum(index, max(x.shape[2] - 1, 0))).to(x.device)
-    index = index.view(*index.shape, *[1] * (x.ndim - 3)).expand(*index.shape, *x.shape[3:])
-    return x.gather(2, index)
+    return gather(x, torch.from_numpy(np.minimum(index, max(x.shape[2] - 1, 0))).to(x.device))
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index` (b, h, n) of `x` (b, h, t, ...)."""
+    return x.gather(2, index.view(*index.shape, *[1] * (x.ndim - 3)).expand(*index.shape, *x.shape[3:]))
 
 
 def join(a: Tensor, a_count: Lengths, b: Tensor, b_count: Lengths) -> Tensor:
@@ -27,6 +30,4 @@ def join(a: Tensor, a_count: Lengths, b: Tensor, b_count: Lengths) -> Tensor:
     total = a_count + b_count
     slot = np.broadcast_to(np.arange(int(total.max())), (*total.shape, int(total.max())))
     slot = np.where(slot < a_count[..., None], slot, slot - a_count[..., None] + a.shape[2])
-    index = torch.from_numpy(np.minimum(slot, both.shape[2] - 1)).to(a.device)
-    index = index.view(*index.shape, *[1] * (a.ndim - 3)).expand(*index.shape, *a.shape[3:])
-    return both.gather(2, index)
+    return gather(both, torch.from_numpy(np.minimum(slot, both.shape[2] - 1)).to(a.device))

@@ -40,6 +40,7 @@ POLICIES = {
     "window": "tersekv.policy.window:Window",
     "streaming": "tersekv.policy.streaming:Streaming",
     "snapkv": "tersekv.policy.snapkv:SnapKV",
+    "adaptive": "tersekv.policy.adaptive:Adaptive",
 }
 
 PRESETS = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
 from tersekv.ops import attend_alone, attend_causal, merge
+from tersekv.ops.attention import weight_variance
 from tersekv.policy.base import Asked
 from tersekv.ragged import take
 from tersekv.spec import Spec
@@ -83,7 +84,7 @@ class Store:
         None, and nothing is stored, where native code cannot do all of it, tokens are not finite or not like those
         held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
         """
-        if route == "decoded":
+        if route == "decoded" or self.spec.policy.asks:
             return None
         (tiers, tail, count), n = self.state, q.shape[2]
         if tail is None or not tail.claim(count, n):
@@ -132,6 +133,20 @@ class Store:
         padding = torch.zeros(len(q), dtype=torch.int64) if pads is None else torch.from_numpy(pads)
         return merge([*stored, attend_causal(q, k, v, padding, scale)])[0]
 
+    def spread(
+        self, q: Float[Tensor, "b hq n d"], k: Float[Tensor, "b h n d"], padding: Padding, scale: float
+    ) -> Float[Tensor, "b n"]:
+        """Variance of the attention weights of new tokens that are not stored yet, mean over heads. Two passes."""
+        pads = torch.zeros(len(q), dtype=torch.int64) if padding is None else torch.from_numpy(padding)
+        stored = [tier for tier in self.tiers.all().values() if tier.lengths.any()]
+
+        def lse(factor: float) -> Tensor:
+            parts = [tier.attend(q, factor)[1] for tier in stored] + [attend_causal(q, k, k, pads, factor)[1]]
+            return torch.stack([part.float() for part in parts]).logsumexp(0)
+
+        own = torch.arange(1, q.shape[2] + 1) - pads[:, None] + torch.from_numpy(self.lengths)[:, None]
+        return weight_variance(lse(scale), lse(2 * scale), own.clamp(min=1).to(q.device))
+
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         start = 0
         while start < n:
@@ -142,14 +157,10 @@ class Store:
 
     def decoded(self) -> DenseTier:
         """Every stored token in the order of its position, unpacked."""
-        parts = [tier.decoded() for tier in self.tiers.all().values()]
-        whole = parts[0]
-        for part in parts[1:]:
+        whole, *parts = self.tiers.decoded()
+        for part in parts:
             whole = whole.append(part)
-        counted = torch.from_numpy(np.arange(whole.k.shape[2]) < whole.lengths[..., None]).to(whole.k.device)
-        order = torch.where(counted, whole.positions, torch.iinfo(torch.int32).max).argsort(-1)
-        k, v = (x.gather(2, order[..., None].expand_as(x)) for x in (whole.k, whole.v))
-        return DenseTier(k, v, whole.positions.gather(2, order), whole.lengths)
+        return whole.sorted()
 
     def crop(self, lengths: Int[np.ndarray, "b"]) -> None:
         """Keep the first `lengths` real tokens of each sequence; see the policy for a block that is cut through."""

@@ -4,7 +4,7 @@ Immutability is what makes rollback exact and beam search cheap: an older state 
 share pages. Lengths live on the host as NumPy arrays (b, h), because the host decides what is appended where.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +46,14 @@ class Tiers:
     def all(self) -> dict[str, DenseTier | PackedTier]:
         return {**self.dense, **self.packed}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is held beside the tiers, which count theirs themselves."""
+        return {}
+
+    def decoded(self) -> list[DenseTier]:
+        """Every tier unpacked, with the positions of its tokens."""
+        return [tier.decoded() for tier in self.all().values()]
+
     @cached_property
     def seen(self) -> Lengths:
         """Tokens that came, held or not: the position of the next one."""
@@ -54,4 +62,4 @@ class Tiers:
     def select(self, rows: Int[Tensor, "rows"]) -> "Tiers":
         dense = {name: tier.select(rows) for name, tier in self.dense.items()}
         packed = {name: tier.select(rows) for name, tier in self.packed.items()}
-        return Tiers(dense, packed, self.evicted.select(rows))
+        return replace(self, dense=dense, packed=packed, evicted=self.evicted.select(rows))

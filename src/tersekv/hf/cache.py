@@ -1,6 +1,7 @@
 """A transformers cache whose full-attention layers are packed; the others are what transformers would use."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
 from tersekv.hf.layer import Handle, PackedLayer
+from tersekv.hf.rating import controller_of, signals
 from tersekv.hf.report import cache_report
+from tersekv.policy.adaptive import Adaptive
+from tersekv.policy.controller import Controller
 from tersekv.report import CacheReport
 from tersekv.spec import Spec, parse
 
@@ -20,8 +24,9 @@ from tersekv.spec import Spec, parse
 class PackedCache(Cache):
     """Pass it as `past_key_values`. Either every layer takes a forward pass's tokens, or none does."""
 
-    def __init__(self, config: PreTrainedConfig, spec: Spec) -> None:
-        self.config, self.spec = config.get_text_config(decoder=True), spec
+    def __init__(self, config: PreTrainedConfig, spec: Spec, controller: Controller | None = None) -> None:
+        self.config, self.spec, self.controller = config.get_text_config(decoder=True), spec, controller
+        self._spread: Tensor | None = None  # of the forward pass under way, for the controller
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
         dense = DynamicCache(config=self.config).layers
@@ -88,6 +93,39 @@ class PackedCache(Cache):
         """DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store."""
         return max(i for i, layer in enumerate(self.layers) if type(layer).__name__ != "DummyLayer")
 
+    def watch(self, layer_idx: int, spread: Callable[[], Tensor]) -> None:
+        """A layer is about to store tokens. Of the last packed one a controller wants to know how attention lies."""
+        if self.controller is not None and layer_idx == self._packed[-1].index:
+            self._spread = spread()
+
+    def rate(self, model: PreTrainedModel, ids: Tensor | None, hidden: Tensor) -> None:
+        """A forward pass is over: where a controller routes tokens, tell it what the model said of the new ones."""
+        policy = self.spec.policy
+        if self.controller is None or self._spread is None or not isinstance(policy, Adaptive):
+            return
+        if ids is None:
+            raise InputError(f"router={policy.router} needs token ids. Give the model input_ids, not inputs_embeds.")
+        found = signals(model, ids, hidden, self._spread, self.controller.counts)
+        utility, self._spread = self.controller.utility(found), None
+        for layer in self._packed:
+            store = layer.opened()
+            store.tiers = policy.rated(store.tiers, utility)
+
+    @cached_property
+    def _packed(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    def room(self) -> int | None:
+        """How many tokens a forward pass may have, so that each sees what decoding one by one would show it.
+
+        None: any, because prefill=packed sees to it. Only a controller, which decides after a pass, sets a bound.
+        """
+        policy = self.spec.policy
+        if self.controller is None or not isinstance(policy, Adaptive):
+            return None
+        stores = [layer.store for layer in self._packed if layer.store is not None]
+        return min((policy.room(store.tiers) for store in stores), default=policy.first)
+
     def rollback(self) -> None:
         """Undo a forward pass that stopped half-way: every layer returns to its state before it, exactly."""
         for index, state in self._before.items():
@@ -114,7 +152,7 @@ class PackedCache(Cache):
         `prefill` replaces the spec's ("exact" or "packed") for what the copy will be given.
         """
         spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
-        fork = PackedCache(self.config, spec)
+        fork = PackedCache(self.config, spec, self.controller)
         for mine, its in zip(self.layers, fork.layers, strict=True):
             _restore(its, _snapshot(mine))
             if isinstance(its, PackedLayer) and its.store is not None:
@@ -147,4 +185,4 @@ def cache(model: PreTrainedModel, spec: str | Spec = "terse4") -> PackedCache:
             f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
             "Use a causal language model such as LlamaForCausalLM."
         )
-    return PackedCache(model.config, chosen)
+    return PackedCache(model.config, chosen, controller_of(model, chosen))

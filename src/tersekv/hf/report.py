@@ -26,6 +26,8 @@ def _packed(layer: PackedLayer) -> LayerReport:
     planes = {name: tier_bytes(tier) for name, tier in tiers.all().items()}
     if tail is not None:
         planes["tail"] = {"k": storage_bytes(tail.k), "v": storage_bytes(tail.v)}
+    if more := tiers.tensors():
+        planes["policy"] = {name: storage_bytes(x) for name, x in more.items()}
     k = tiers.dense["recent"].k
     b, h, _, d = k.shape
     values = 2 * b * h * layer.slots.total * d

@@ -20,6 +20,7 @@ class Policy(ABC):
     """Which token goes to which tier, and when. The fields are the configuration."""
 
     prefills: ClassVar[tuple[str, ...]] = ("exact", "packed")  # see `spec.Spec`
+    asks: ClassVar[bool] = False  # whether `place` needs the queries of every token, so that none may wait in a tail
 
     @abstractmethod
     def tiers(self, k: Codec, v: Codec, empty: DenseTier) -> Tiers:

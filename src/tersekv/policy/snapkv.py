@@ -20,6 +20,7 @@ from tersekv.dense_tier import DenseTier
 from tersekv.errors import InputError, SpecError
 from tersekv.policy.base import Asked
 from tersekv.policy.window import Window
+from tersekv.ragged import gather
 from tersekv.tiers import Tiers
 
 
@@ -59,7 +60,7 @@ class SnapKV(Window):
         always = (at < self.sink) | (at >= length[..., None] - self.observe)
         votes = votes.masked_fill(always, torch.inf).masked_fill(at >= length[..., None], -torch.inf)
         chosen = votes.argsort(dim=-1, descending=True, stable=True)[..., : self.keep].sort(-1).values
-        kept = {name: _gathered(x, chosen) for name, x in fresh.tensors().items()}
+        kept = {name: gather(x, chosen) for name, x in fresh.tensors().items()}
         return DenseTier(**kept, lengths=np.minimum(fresh.lengths, self.keep))
 
     def _votes(self, fresh: DenseTier, q: Tensor, scale: float) -> Float[Tensor, "b h t"]:
@@ -73,7 +74,3 @@ class SnapKV(Window):
         scores = scores.masked_fill(torch.arange(t, device=q.device) > own, -torch.inf)
         votes = scores.softmax(-1).sum(2)
         return avg_pool1d(votes, self.pool, stride=1, padding=self.pool // 2, count_include_pad=False)
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(2, index.view(*index.shape, *[1] * (x.ndim - 3)).expand(*index.shape, *x.shape[3:]))

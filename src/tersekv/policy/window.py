@@ -35,17 +35,22 @@ class Window(Policy):
 
     def place(self, tiers: Tiers, fresh: DenseTier, asked: Asked | None = None) -> Tiers:
         """New tokens fill the sink, then the recent tier; its oldest whole blocks are packed."""
-        sink, recent, packed = tiers.dense["sink"], tiers.dense["recent"], tiers.packed["packed"]
+        tiers = self._filled(tiers, fresh)
+        recent, packed = tiers.dense["recent"], tiers.packed["packed"]
+        due = np.maximum(recent.lengths - self.recent, 0) // packed.block * packed.block
+        if not due.any():
+            return tiers
+        packed = packed.append(recent.take(np.zeros_like(due), due))
+        recent = recent.take(due, recent.lengths - due).owned()
+        return replace(tiers, dense=tiers.dense | {"recent": recent}, packed={"packed": packed})
+
+    def _filled(self, tiers: Tiers, fresh: DenseTier) -> Tiers:
+        sink, recent = tiers.dense["sink"], tiers.dense["recent"]
         missing = np.clip(self.sink - tiers.seen, 0, fresh.lengths)
         if missing.any():
             sink = sink.append(fresh.take(np.zeros_like(missing), missing))
             fresh = fresh.take(missing, fresh.lengths - missing)
-        recent = recent.append(fresh)
-        due = np.maximum(recent.lengths - self.recent, 0) // packed.block * packed.block
-        if due.any():
-            packed = packed.append(recent.take(np.zeros_like(due), due))
-            recent = recent.take(due, recent.lengths - due).owned()
-        return replace(tiers, dense={"sink": sink, "recent": recent}, packed={"packed": packed})
+        return replace(tiers, dense=tiers.dense | {"sink": sink, "recent": recent.append(fresh)})
 
     def room(self, tiers: Tiers) -> int:
         to_sink = np.maximum(self.sink - tiers.seen, 0)
