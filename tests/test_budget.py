@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 BUDGET = {
     ".": 3300,
     "bench": 1880,
+    "calibrate": 640,
     "codecs": 1090,
     "eval": 1330,
     "hf": 860,

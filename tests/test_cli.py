@@ -26,6 +26,8 @@ VERBS = {
     "doctor": ["doctor"],
     "eval": ["eval"],
     "report": ["report"],
+    "calibrate": ["calibrate"],
+    "calibrate-adaptive": ["calibrate", "adaptive"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],
