@@ -240,7 +240,7 @@ def test_what_a_controller_refuses(llama: PreTrainedModel, controller: Path, any
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("none policy=adaptive", "NoneCodec has no such option"),
+        ("none policy=adaptive", "NoneCodec has no option bits"),
         ("rotated:bits=1 policy=adaptive", "1 bits on average: policy=adaptive has 2 to 16"),
         ("rotated policy=adaptive recent=0", "Give at least 1"),
         ("rotated policy=adaptive shuffle=-1", "shuffle=-1 is no seed"),

@@ -1,6 +1,7 @@
 """Calibration: what is measured is what it says, a stopped run goes on, and training learns what there is to learn."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from test_eval import Letters
 from transformers.cache_utils import DynamicCache
 
 import tersekv
-from tersekv import InputError
+from tersekv import InputError, SpecError
 from tersekv.calibrate.adaptive import calibrate
+from tersekv.calibrate.budget import calibrate as budget
 from tersekv.calibrate.measuring import Change, Prefix
 from tersekv.calibrate.session import Settings
 from tersekv.calibrate.training import train
 from tersekv.errors import RecordError
+from tersekv.hf.cost import sequence_bytes
 from tersekv.models import LoadedModel
-from tersekv.policy.adaptive import with_bits
 from tersekv.policy.controller import Controller
 from tersekv.spec import parse
 from tersekv.terminal import Stages
@@ -32,7 +34,7 @@ def prefix() -> Prefix:
     ids = torch.randint(1, 97, (1, 280))
 
     def codecs(bits: int) -> Any:
-        return with_bits(spec.k, bits), with_bits(spec.v, bits)
+        return spec.k.with_bits(bits), spec.v.with_bits(bits)
 
     with torch.inference_mode():
         return Prefix(make_model("llama"), ids[:, :260], ids[:, 260:], codecs)
@@ -47,7 +49,7 @@ def test_a_change_costs_what_the_model_says_differently(prefix: Prefix) -> None:
         layers: list[Any] = cache.layers
         dense = prefix.model(input_ids=prefix.follow, past_key_values=cache).logits.double().log_softmax(-1)
         cache.crop(-20)
-        stored = with_bits(parse("rotated:bits=3").v, 2)
+        stored = parse("rotated:bits=2").v
         block = layers[1].values[:, :, 4:68]
         layers[1].values[:, :, 40] = stored.decode(stored.encode(block))[:, :, 36]
         other = prefix.model(input_ids=prefix.follow, past_key_values=cache).logits.double().log_softmax(-1)
@@ -128,3 +130,49 @@ def test_too_little_is_refused(settings: Settings, tmp_path: Path) -> None:
         calibrate(settings, 4, tmp_path / "run", tmp_path / "c.safetensors", stages)
     with pytest.raises(InputError, match="Give at least 1 window, 192 tokens"):
         Settings("tiny", settings.text, "rotated:bits=3", windows=1, tokens=100)
+
+
+def test_a_budget_goes_where_it_was_measured_to_help(settings: Settings, tmp_path: Path) -> None:
+    settings, model = replace(settings, spec="rotated", windows=2), make_model("llama")
+    with Stages() as stages:
+        found = budget(settings, 3.5, tmp_path / "run", stages)
+        again = budget(settings, 2.5, tmp_path / "run", stages)
+    for allocation, average in ((found, 3.5), (again, 2.5)):
+        for text in (allocation.spec, *allocation.controls):
+            layers = parse(text).layers
+            assert len(layers) == 3 and sum(map(sum, layers)) == 6 * average
+        assert allocation.foreseen["as measured"] < allocation.foreseen["the same bits, dealt at random"]
+        assert all(sides[side][0] > sides[side][-1] for sides in allocation.kl.values() for side in "kv")
+    assert len((tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()) == 2, "measured once"
+    held = []
+    with tersekv.attached(model):
+        for text in (found.spec, *found.controls):
+            cache = tersekv.cache(model, text)
+            model(input_ids=torch.randint(1, 97, (1, 300)), past_key_values=cache)
+            held.append(cache.report().held)
+        tersekv.save(cache, tmp_path / "cache.safetensors", model)
+    assert len(set(held)) == 1, "the controls hold the same bytes"
+    assert tersekv.load(tmp_path / "cache.safetensors", model).report().held == held[-1]
+    assert json.dumps(found.as_dict())
+    with Stages() as stages, pytest.raises(InputError, match="--bits 9: the average must be from 2 to 6"):
+        budget(settings, 9.0, tmp_path / "run", stages)
+
+
+def test_bits_by_layer_are_for_one_model_and_each_layer_has_its_own() -> None:
+    model, spec = make_model("llama"), "rotated layers=4/3,2/2,6/5"
+    with tersekv.attached(model):
+        cache = tersekv.cache(model, spec)
+        model(input_ids=torch.randint(1, 97, (1, 300)), past_key_values=cache)
+        fork = cache.copy("packed")
+    for one in (cache, fork):
+        for layer, (k, v) in zip(one.layers, ((4, 3), (2, 2), (6, 5)), strict=True):
+            tier = layer.store.tiers.packed["packed"]
+            assert (tier.k.bits, tier.v.bits) == (layer.store.spec.k.bits, layer.store.spec.v.bits) == (k, v)
+    page = parse("rotated:bits=4").k.layout(32).nbytes + parse("rotated:bits=3").v.layout(32).nbytes
+    costs = [sequence_bytes(model.config, parse(f"rotated layers={x}*3"), 300) for x in ("4/3", "2/2")]
+    blocks, heads, layers = 3, 2, 3  # of 300 tokens, 4 are sinks and 64 recent
+    tables, dense = 8 * blocks * heads * layers, (300 - 64 * blocks) * heads * layers * 2 * 32 * 2
+    assert costs[0] == page * blocks * heads * layers + dense + tables
+    assert costs[0] > sequence_bytes(model.config, parse("rotated layers=4/3,2/2,4/3"), 300) > costs[1]
+    with pytest.raises(SpecError, match="layers= names 2 layers, but this model has 3"):
+        tersekv.cache(model, "rotated layers=4/3*2")

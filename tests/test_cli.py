@@ -28,6 +28,7 @@ VERBS = {
     "report": ["report"],
     "calibrate": ["calibrate"],
     "calibrate-adaptive": ["calibrate", "adaptive"],
+    "calibrate-budget": ["calibrate", "budget"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],

@@ -14,7 +14,6 @@ from tersekv.eval.samples import RunDirectory
 from tersekv.eval.subject import Subject
 from tersekv.files import fingerprint
 from tersekv.models import load
-from tersekv.policy.adaptive import with_bits
 from tersekv.record import provenance
 from tersekv.spec import Spec, parse
 from tersekv.terminal import Stages
@@ -94,5 +93,5 @@ class Session:
             self.subject.model,
             ids[:, :split],
             ids[:, split:],
-            lambda bits: (with_bits(spec.k, bits), with_bits(spec.v, bits)),
+            lambda bits: (spec.k.with_bits(bits), spec.v.with_bits(bits)),
         )

@@ -62,3 +62,60 @@ def adaptive(
     with Stages() as stages:
         result = run(settings, tokens, folder, out or Path("controllers") / f"{name}.safetensors", stages)
     show(result, json)
+
+
+@calibrate.command
+def budget(
+    model: str,
+    *,
+    text: Path,
+    bits: float,
+    spec: str = "rotated",
+    windows: int = 12,
+    window: int = 384,
+    follow: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    directory: Annotated[Path | None, Parameter(name="--dir")] = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Bits for each layer's keys and values under one budget, as a spec that any cache of this model takes.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
+    text
+        The calibration text, a UTF-8 file. Do not evaluate on it.
+    bits
+        The average over layers, keys and values; nominal, such as 3.0.
+    spec
+        Codecs and policy, whose bits are to be replaced.
+    windows
+        Windows of the text, drawn without replacement.
+    window
+        Tokens of a window.
+    follow
+        Tokens after the window, by which it is judged.
+    seed
+        Of the windows.
+    device
+        cpu or cuda.
+    directory
+        Where measurements are kept: the same command goes on where it was stopped, and another --bits reuses them.
+        Default: calibrations/budget/MODEL.
+    out
+        Write all that was measured to this JSON file.
+    """
+    from tersekv.calibrate.budget import calibrate as run
+    from tersekv.calibrate.session import Settings
+    from tersekv.record import write
+
+    settings = Settings(model, text, spec, windows, window, follow, seed, device)
+    folder = directory or Path("calibrations") / "budget" / Path(model).name
+    with Stages() as stages:
+        result = run(settings, bits, folder, stages)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)

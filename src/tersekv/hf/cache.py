@@ -30,8 +30,9 @@ class PackedCache(Cache):
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
         dense = DynamicCache(config=self.config).layers
+        spec.check_layers(len(dense))
         layers = [
-            PackedLayer(spec, index, self) if type(layer) is DynamicLayer else layer
+            PackedLayer(spec.at(index), index, self) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(dense)
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
@@ -156,7 +157,7 @@ class PackedCache(Cache):
         for mine, its in zip(self.layers, fork.layers, strict=True):
             _restore(its, _snapshot(mine))
             if isinstance(its, PackedLayer) and its.store is not None:
-                its.store.spec = spec
+                its.store.spec = its.spec
         return fork
 
     def report(self) -> CacheReport:

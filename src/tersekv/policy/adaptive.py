@@ -9,8 +9,8 @@ Differs from the paper: a budget instead of whatever average comes; a token has 
 window, when `router=attention` has seen who attends to it. See docs/methods/adaptive.md.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,17 +34,6 @@ PACKED = {f"bits{bits}": bits for bits in BITS[:-1]}
 DENSE = "bits16"
 # Mean squared error of a value with so many bits, of its variance: Lloyd-Max tables of a normal distribution.
 ERROR = np.array([0.1175, 0.0095, 4.1e-5, 0.0])
-
-
-def with_bits(codec: Codec, bits: int) -> Codec:
-    """Raises SpecError where a codec has no such option."""
-    if "bits" not in {f.name for f in fields(codec)}:
-        raise SpecError(
-            f"policy=adaptive changes the bits of a codec, and {type(codec).__name__} has no such option. Use one that "
-            "has, such as rotated:bits=3, whose bits are then the average."
-        )
-    changed: Any = replace(codec, **{"bits": bits})  # pyright: ignore[reportArgumentType]
-    return changed
 
 
 @dataclass(frozen=True)
@@ -74,9 +63,7 @@ class Adaptive(Window):
         return self.sink + self.recent + BLOCK
 
     def tiers(self, k: Codec, v: Codec, empty: DenseTier) -> RoutedTiers:
-        packed = {
-            name: PackedTier.empty(with_bits(k, bits), with_bits(v, bits), empty) for name, bits in PACKED.items()
-        }
+        packed = {name: PackedTier.empty(k.with_bits(bits), v.with_bits(bits), empty) for name, bits in PACKED.items()}
         average = sum(getattr(codec, "bits") for codec in (k, v)) / 2  # noqa: B009 (known to be there)
         if not BITS[0] <= average <= BITS[-1]:
             raise SpecError(f"{average:g} bits on average: policy=adaptive has {BITS[0]} to {BITS[-1]} bits a token.")
