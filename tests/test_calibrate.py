@@ -23,7 +23,7 @@ from tersekv.hf.cost import sequence_bytes
 from tersekv.models import LoadedModel
 from tersekv.policy.controller import Controller
 from tersekv.spec import parse
-from tersekv.terminal import Stages
+from tersekv.terminal import Stages, to_text
 
 TEXT = "the quick brown fox jumps over the lazy dog, and runs. " * 60
 
@@ -153,7 +153,7 @@ def test_a_budget_goes_where_it_was_measured_to_help(settings: Settings, tmp_pat
         tersekv.save(cache, tmp_path / "cache.safetensors", model)
     assert len(set(held)) == 1, "the controls hold the same bytes"
     assert tersekv.load(tmp_path / "cache.safetensors", model).report().held == held[-1]
-    assert json.dumps(found.as_dict())
+    assert json.loads(json.dumps(found.as_dict()))["spec"] == found.spec and "as measured" in to_text(found)
     with Stages() as stages, pytest.raises(InputError, match="--bits 9: the average must be from 2 to 6"):
         budget(settings, 9.0, tmp_path / "run", stages)
 

@@ -25,7 +25,10 @@ SIDES = "kv"
 
 @dataclass(frozen=True)
 class Allocation:
-    """`kl` is the cost of each layer (by index), side and level alone, in nats; `foreseen` sums of it by spec."""
+    """What was found; printed without its specs, which are longer than a line of a terminal and are to be copied.
+
+    `kl` is the cost of each layer (by index), side and level alone, in nats; `foreseen` sums of it by spec.
+    """
 
     spec: str
     controls: list[str]
@@ -35,11 +38,8 @@ class Allocation:
     about: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"calibrate": "budget", "spec": self.spec, "controls": self.controls, "levels": self.levels} | {
-            "foreseen": self.foreseen,
-            "kl": self.kl,
-            **self.about,
-        }
+        found = {"spec": self.spec, "controls": self.controls, "levels": self.levels}
+        return {"calibrate": "budget"} | self.about | found | {"foreseen": self.foreseen, "kl": self.kl}
 
     def __rich__(self) -> Group:
         table = Table("layer", "side", *(Column(f"{bits} bits", justify="right") for bits in self.levels))
@@ -48,7 +48,7 @@ class Allocation:
             for side, row in sides.items():
                 table.add_row(f"{layer}", side, *(f"{1e4 * x:.3f}" for x in row))
         sums = "\n".join(f"{name}: sum of KL {value:.5f}" for name, value in self.foreseen.items())
-        return Group(table, sums, *(f"control: {text}" for text in self.controls), f"spec: {self.spec}")
+        return Group(table, sums)
 
 
 def calibrate(settings: Settings, bits: float, folder: Path, stages: Stages) -> Allocation:

@@ -119,3 +119,5 @@ def budget(
     if out is not None:
         write(result.as_dict(), out)
     show(result, json)
+    if not json:
+        print(*(f"control: {text}" for text in result.controls), f"spec: {result.spec}", sep="\n")
