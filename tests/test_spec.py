@@ -68,6 +68,7 @@ def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> N
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
         ("terse4 policy=window sink=2", "rotated:bits=4 sink=2"),
         ("terse4 layers=4/3,4/3,2/2*2,2/2", "rotated:bits=4 layers=4/3*2,2/2*3"),
+        ("terse4 prefill=packed layers=4/3", "rotated:bits=4 layers=4/3 prefill=packed"),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )

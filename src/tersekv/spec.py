@@ -98,10 +98,10 @@ class Spec:
         name = policy_name(self.policy)
         words += [f"policy={name}"] if name != "window" else []
         words += [f"{f.name}={x}" for f in fields(self.policy) if (x := getattr(self.policy, f.name)) != f.default]
-        words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
         runs = ((bits, len(list(same))) for bits, same in groupby(self.layers))
         several = [f"{k}/{v}" + (f"*{count}" if count > 1 else "") for (k, v), count in runs]
         words += [f"layers={','.join(several)}"] if several else []
+        words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
         return " ".join(words)
 
 
