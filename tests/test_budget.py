@@ -12,13 +12,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 BUDGET = {
     ".": 3300,
     "bench": 1880,
+    "calibrate": 640,
     "codecs": 1090,
-    "eval": 1320,
-    "hf": 820,
+    "eval": 1330,
+    "hf": 860,
     "models": 600,
     "ops": 1260,
     "ops/cuda": 780,
-    "policy": 590,
+    "policy": 1000,
     "reports": 660,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9

@@ -38,12 +38,21 @@ ANY_SPEC = st.builds(
     ),
     st.sampled_from(["exact", "packed"]),
 )
+LAYERS = st.lists(st.tuples(st.integers(2, 8), st.integers(2, 8)), max_size=6).map(tuple)
 
 
 @given(ANY_SPEC)
 def test_parse_is_the_inverse_of_print(spec: Spec) -> None:
     assert parse(str(spec)) == spec
     assert str(parse(str(spec))) == str(spec)
+
+
+@given(LAYERS)
+def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> None:
+    spec = Spec(Rotated(mean="block"), IntN(3), layers=layers)
+    assert parse(str(spec)) == spec
+    for index, (k, v) in enumerate(layers):
+        assert spec.at(index) == Spec(Rotated(k, mean="block"), IntN(v))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +67,8 @@ def test_parse_is_the_inverse_of_print(spec: Spec) -> None:
         ("terse4 policy=streaming keep=512", "rotated:bits=4 policy=streaming keep=512"),
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
         ("terse4 policy=window sink=2", "rotated:bits=4 sink=2"),
+        ("terse4 layers=4/3,4/3,2/2*2,2/2", "rotated:bits=4 layers=4/3*2,2/2*3"),
+        ("terse4 prefill=packed layers=4/3", "rotated:bits=4 layers=4/3 prefill=packed"),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )
@@ -102,6 +113,9 @@ def test_presets_parse(name: str) -> None:
         ("terse4 policy=streaming keep=10", "keep=10 is less than recent=64"),
         ("terse4 policy=snapkv keep=10", "keep=10 must hold sink=4 and observe=32"),
         ("terse4 policy=snapkv pool=4", "pool=4 must be an odd number"),
+        ("terse4 layers=4/3*2,3", 'layers="4/3*2,3": "3" is no layer. Give bits of keys/values'),
+        ("terse4 layers=9/3*2", "bits=9 is out of range"),
+        ("none layers=4/3", "NoneCodec has no option bits"),
         ("terse4 policy=snapkv prefill=packed", "policy=snapkv does not take prefill=packed. Allowed: exact."),
     ],
 )

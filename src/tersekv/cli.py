@@ -10,11 +10,13 @@ from rich.markup import escape
 
 from tersekv import __version__
 from tersekv.bench.verbs import bench
+from tersekv.calibrate.verbs import calibrate
 from tersekv.errors import TersekvError
 from tersekv.terminal import Json, Stages, show
 
 app = App(name="tersekv", help="The KV cache of language models in 1 to 8 bits.", version=__version__)
 app.command(bench)
+app.command(calibrate)
 
 DEFAULT_MODEL = "smollm2"
 

@@ -1,7 +1,7 @@
 """What a codec is. A new method is one frozen dataclass in `codecs/` and one line in `spec.CODECS`."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -41,6 +41,12 @@ class Codec(ABC):
     def encoder(self, d: int) -> Encoder | None:
         """What `encode` does, as data for native code that gives the same bytes; None: only `encode` does it."""
         return None
+
+    def with_bits(self, bits: int) -> "Codec":
+        """The same with other bits. Raises SpecError where there is no such option, or not so many."""
+        if "bits" not in {f.name for f in fields(self)}:
+            raise SpecError(f"{type(self).__name__} has no option bits. Use a codec that has, such as rotated.")
+        return replace(self, **{"bits": bits})  # pyright: ignore[reportCallIssue]
 
     def decode(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
         """fp32 values in the model's domain, whatever order the codes are stored in."""

@@ -1,7 +1,7 @@
 """Tokens of one layer in the model's own precision. Immutable: an operation returns a new tier."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,7 @@ class DenseTier:
 
     def append(self, other: "DenseTier") -> "DenseTier":
         joined = {n: join(x, self.lengths, other.tensors()[n], other.lengths) for n, x in self.tensors().items()}
-        return DenseTier(**joined, lengths=self.lengths + other.lengths)
+        return replace(self, **joined, lengths=self.lengths + other.lengths)
 
     def where(self, mask: Bool[Tensor, "b h t"]) -> "DenseTier":
         """The tokens that the mask chooses, in their order; it chooses none beyond the lengths."""
@@ -65,7 +65,7 @@ class DenseTier:
         return self._changed(torch.clone, self.lengths)
 
     def _changed(self, change: Callable[[Tensor], Tensor], lengths: Lengths) -> "DenseTier":
-        return DenseTier(**{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()}, lengths=lengths)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
         """In fp32, whether `exact` or not."""

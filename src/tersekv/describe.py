@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tersekv.errors import SpecError
 from tersekv.layout import Layout
 from tersekv.ops import implementation, refusals
 from tersekv.ops.recipe import Recipe
@@ -166,6 +167,8 @@ class Info:
 def info(spec: str, head_dim: int | None, model: str | None, context: int | None, progress: Any = None) -> Info:
     """Raises SpecError or ModelError. With a model its head dim and context limit are the defaults."""
     parsed = parse(spec)
+    if parsed.layers:
+        raise SpecError(f"Each layer of {spec} has pages of its own. Ask for one, such as {parsed.at(0)}.")
     if model is None:
         return Info(parsed, 128 if head_dim is None else head_dim)
     from tersekv.hf.cost import model_cost

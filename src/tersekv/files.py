@@ -142,7 +142,7 @@ def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[st
         lengths = state[f"{name}.lengths"].cpu().numpy()
         planes = {plane: state[f"{name}.{plane}"] for plane in tier.tensors()}
         if isinstance(tier, DenseTier):
-            return DenseTier(**planes, lengths=lengths)
+            return replace(tier, **planes, lengths=lengths)
         return replace(tier, **planes | {"pool": tier.pool_of(planes["pool"])}, lengths=lengths, whole=False)
 
     dense = {name: restored(name, tier) for name, tier in store.tiers.dense.items()}

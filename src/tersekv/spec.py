@@ -3,6 +3,7 @@
     "terse4"                                             a preset
     "rotated:bits=3"                                     one codec for keys and values
     "k=rotated:bits=4 v=rotated:bits=2 sink=4 recent=64" everything said
+    "rotated layers=4/3*2,3/2*28"                        bits of keys and values for each layer of a model
 
 `str(spec)` prints the canonical text (defaults left out) and `parse(str(spec)) == spec`.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from itertools import groupby
 from re import fullmatch
 from typing import Any, get_type_hints
 
@@ -41,6 +43,7 @@ POLICIES = {
     "streaming": "tersekv.policy.streaming:Streaming",
     "snapkv": "tersekv.policy.snapkv:SnapKV",
     "hotcold": "tersekv.policy.hotcold:HotCold",
+    "adaptive": "tersekv.policy.adaptive:Adaptive",
 }
 
 PRESETS = {
@@ -61,6 +64,7 @@ class Spec:
     v: Codec
     policy: Policy = field(default_factory=Window)
     prefill: str = "exact"
+    layers: tuple[tuple[int, int], ...] = ()  # bits of keys and of values by layer of the model; empty: the codecs' own
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILL:
@@ -69,6 +73,24 @@ class Spec:
             allowed = ", ".join(self.policy.prefills)
             raise SpecError(
                 f"policy={policy_name(self.policy)} does not take prefill={self.prefill}. Allowed: {allowed}."
+            )
+
+        for layer in range(len(self.layers)):
+            self.at(layer)  # raises where a codec cannot have so many bits
+
+    def at(self, layer: int) -> "Spec":
+        """The spec of one layer of a model."""
+        if not self.layers:
+            return self
+        k, v = self.layers[layer]
+        return replace(self, k=self.k.with_bits(k), v=self.v.with_bits(v), layers=())
+
+    def check_layers(self, count: int) -> None:
+        """Raises SpecError unless the spec is for a model of so many layers."""
+        if self.layers and len(self.layers) != count:
+            raise SpecError(
+                f"layers= names {len(self.layers)} layers, but this model has {count}. It is made for one model: "
+                "tersekv calibrate budget MODEL."
             )
 
     def __str__(self) -> str:
@@ -81,6 +103,9 @@ class Spec:
             for f in fields(self.policy)
             if (x := getattr(self.policy, f.name)) != f.default
         ]
+        runs = ((bits, len(list(same))) for bits, same in groupby(self.layers))
+        several = [f"{k}/{v}" + (f"*{count}" if count > 1 else "") for (k, v), count in runs]
+        words += [f"layers={','.join(several)}"] if several else []
         words += [f"prefill={self.prefill}"] if self.prefill != "exact" else []
         return " ".join(words)
 
@@ -151,13 +176,30 @@ def _set(settings: dict[str, Any], word: str, cls: type[Policy]) -> list[str]:
         settings[key] = parse_codec(value, key)
     elif key == "prefill":
         settings[key] = value
+    elif key == "layers":
+        settings[key] = parse_layers(value)
     elif key == "policy":
         pass  # known before any other word, since they are its options
     elif key in policy:
         settings[key] = convert(key, value, policy[key])
     else:
-        raise SpecError(f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", "policy", *policy])}')
+        raise SpecError(
+            f'Unknown setting "{key}". {did_you_mean(key, ["k", "v", "prefill", "policy", "layers", *policy])}'
+        )
     return [key]
+
+
+def parse_layers(text: str) -> tuple[tuple[int, int], ...]:
+    """`4/3*2,3/2`: two layers with keys in 4 and values in 3 bits, and one with 3 and 2."""
+    layers: list[tuple[int, int]] = []
+    for word in text.split(","):
+        found = fullmatch(r"(\d+)/(\d+)(?:\*(\d+))?", word)
+        if not found:
+            raise SpecError(
+                f'layers="{text}": "{word}" is no layer. Give bits of keys/values*layers, such as 4/3*2,3/2.'
+            )
+        layers += [(int(found[1]), int(found[2]))] * int(found[3] or 1)
+    return tuple(layers)
 
 
 def parse_codec(text: str, side: str) -> Codec:

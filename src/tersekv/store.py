@@ -11,6 +11,7 @@ from torch import Tensor
 from tersekv.dense_tier import DenseTier
 from tersekv.device_tail import DeviceTail
 from tersekv.ops import attend_alone, attend_causal, merge
+from tersekv.ops.attention import weight_variance
 from tersekv.policy.base import Asked
 from tersekv.ragged import take
 from tersekv.spec import Spec
@@ -187,6 +188,20 @@ class Store:
         padding = torch.zeros(len(q), dtype=torch.int64) if pads is None else torch.from_numpy(pads)
         return merge([*stored, attend_causal(q, k, v, padding, scale)])[0]
 
+    def spread(
+        self, q: Float[Tensor, "b hq n d"], k: Float[Tensor, "b h n d"], padding: Padding, scale: float
+    ) -> Float[Tensor, "b n"]:
+        """Variance of the attention weights of new tokens that are not stored yet, mean over heads. Two passes."""
+        pads = torch.zeros(len(q), dtype=torch.int64) if padding is None else torch.from_numpy(padding)
+        stored = [tier for tier in self.tiers.all().values() if tier.lengths.any()]
+
+        def lse(factor: float) -> Tensor:
+            parts = [tier.attend(q, factor)[1] for tier in stored] + [attend_causal(q, k, k, pads, factor)[1]]
+            return torch.stack([part.float() for part in parts]).logsumexp(0)
+
+        own = torch.arange(1, q.shape[2] + 1) - pads[:, None] + torch.from_numpy(self.lengths)[:, None]
+        return weight_variance(lse(scale), lse(2 * scale), own.clamp(min=1).to(q.device))
+
     def pieces(self, n: int) -> Iterator[tuple[int, int]]:
         """Start and stop of the parts in which `n` new tokens are taken; store each part before asking for the next."""
         start = 0
@@ -198,7 +213,7 @@ class Store:
 
     def decoded(self) -> DenseTier:
         """Every stored token in the order of its position, unpacked."""
-        whole, *parts = (tier.decoded() for tier in self.tiers.all().values())
+        whole, *parts = self.tiers.decoded()
         for part in parts:
             whole = whole.append(part)
         return whole.sorted()

@@ -59,6 +59,10 @@ class Tiers:
         """What a policy counted, over all rows."""
         return {}
 
+    def decoded(self) -> list[DenseTier]:
+        """Every tier unpacked, with the positions of its tokens."""
+        return [tier.decoded() for tier in self.all().values()]
+
     @cached_property
     def seen(self) -> Lengths:
         """Tokens that came, held or not: the position of the next one."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from tersekv.errors import InputError, SpecError
-from tersekv.eval.logits import Arm, Divergence, arms
+from tersekv.eval.logits import Arm, Divergence, arms, forward
 from tersekv.hf import PackedCache, attached
 from tersekv.models import LoadedModel
 from tersekv.prompt import prompt_ids
@@ -114,7 +114,7 @@ def run(loaded: LoadedModel, specs: list[Spec], prompt: str | None, new_tokens: 
     rows = [row]
     for arm in packed:
         row, fork, _, _ = _generate(loaded, arm, ids, new_tokens, stages)
-        scores = _score(model, fork, words, logits)
+        scores = _score(model, Arm(arm.spec, fork.cache), fork.first, words, logits)
         row.kl, row.top1 = scores["kl_mean"], scores["top1"]
         rows.append(row)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -146,13 +146,12 @@ class _Fork:
 
 
 @torch.inference_mode()
-def _score(model: PreTrainedModel, fork: _Fork, tokens: list[int], logits: Tensor) -> dict[str, float]:
+def _score(model: PreTrainedModel, arm: Arm, first: Tensor, tokens: list[int], logits: Tensor) -> dict[str, float]:
     """Divergence from the dense logits on the dense tokens, each of which sees what decoding would show it."""
     divergence, ids = Divergence(), torch.tensor([tokens], device=model.device)
-    said = [fork.first]
+    said = [first]
     if len(tokens) > 1:
-        with attached(model):
-            said.append(model(input_ids=ids[:, :-1], past_key_values=fork.cache).logits[0].float())
+        said.append(forward(model, ids[:, :-1], arm).float())
     divergence.add(logits, torch.cat(said), ids[0])
     return divergence.summary()
 

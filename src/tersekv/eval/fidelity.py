@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tersekv.errors import InputError
 from tersekv.hf.capture import Seen
 from tersekv.spec import Spec
 from tersekv.store import Store
@@ -59,7 +60,9 @@ def fidelity(seen: Seen, spec: Spec) -> dict[str, Found]:
     model's own queries and the kernels that a host uses; the yardstick is attention in fp32 on the dense ones.
     """
     _, h, n, d = seen.k.shape
-    store = Store(spec, 1, h, d, seen.k.dtype, seen.k.device)
+    store = Store(spec.at(seen.layer), 1, h, d, seen.k.dtype, seen.k.device)
+    if len(store.tiers.packed) > 1:
+        raise InputError(f"[tensors] looks at one packed tier, and {spec} has several. Leave out that section or spec.")
     outputs, logits, first = [], [], n
     for start, stop in store.pieces(n):
         q, k, v = (x[:, :, start:stop] for x in (seen.q, seen.k, seen.v))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from tersekv.errors import InputError
-from tersekv.hf import attached, cache
+from tersekv.hf import PackedCache, attached, cache
 from tersekv.hf.report import cache_report
 from tersekv.spec import Spec
 
@@ -61,6 +61,10 @@ class Arm:
     divergence: Divergence = field(default_factory=Divergence)
     seconds: float = 0.0
 
+    def room(self) -> int | None:
+        """Tokens that the next pass may have; None: any. See `PackedCache.room`."""
+        return self.cache.room() if isinstance(self.cache, PackedCache) else None
+
     def bytes(self) -> dict[str, Any]:
         report = cache_report("dense", self.cache.layers)
         return report.totals()
@@ -104,9 +108,14 @@ def _chunks(t: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 @torch.inference_mode()
 def forward(model: PreTrainedModel, ids: Tensor, arm: Arm) -> Float[Tensor, "n vocab"]:
-    began = perf_counter()
+    """In one pass, or in as many as let each token see what decoding would show it."""
+    began, parts, start = perf_counter(), [], 0
     with attached(model) if arm.spec else nullcontext():
-        logits = model(input_ids=ids, past_key_values=arm.cache).logits[0]
+        while start < ids.shape[1]:
+            stop = start + (arm.room() or ids.shape[1])
+            parts.append(model(input_ids=ids[:, start:stop], past_key_values=arm.cache).logits[0])
+            start = stop
+    logits = torch.cat(parts)
     if logits.is_cuda:
         torch.cuda.synchronize()
     arm.seconds += perf_counter() - began

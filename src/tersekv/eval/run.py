@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tersekv.describe import Info
@@ -89,10 +90,9 @@ def _bits(subject: Subject) -> dict[str, dict[str, Any]]:
 def _body(spec: Spec | None, d: int) -> dict[str, Any]:
     if spec is None:
         return {"nominal_bits": 16.0, "body_bits": 16.0}
-    info = Info(spec, d)
-    nominal, body = (
-        sum(getattr(x, name) for x in info.layouts.values()) / 2 for name in ("nominal_bits", "bits_per_value")
-    )
+    infos = [Info(spec.at(index), d) for index in range(len(spec.layers) or 1)]
+    layouts, info = [layout for one in infos for layout in one.layouts.values()], infos[0]
+    nominal, body = (fmean(getattr(x, name) for x in layouts) for name in ("nominal_bits", "bits_per_value"))
     recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
     return {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
 

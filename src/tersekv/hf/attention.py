@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.layer import Handle
+from tersekv.hf.rating import rated
 from tersekv.store import Padding, Store
 
 # Attention functions are named ROUTE:FORMER.
@@ -159,6 +160,7 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
             "exchanged. Use the cache without tersekv.attached: it then unpacks at every step."
         )
     try:
-        yield model
+        with rated(model):
+            yield model
     finally:
         model.set_attn_implementation(before)

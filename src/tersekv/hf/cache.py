@@ -1,6 +1,7 @@
 """A transformers cache whose full-attention layers are packed; the others are what transformers would use."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,10 @@ from tersekv import files
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
 from tersekv.hf.layer import Handle, PackedLayer
+from tersekv.hf.rating import controller_of, signals
 from tersekv.hf.report import cache_report
+from tersekv.policy.adaptive import Adaptive
+from tersekv.policy.controller import Controller
 from tersekv.report import CacheReport
 from tersekv.spec import Spec, parse
 
@@ -22,14 +26,19 @@ from tersekv.spec import Spec, parse
 class PackedCache(Cache):
     """Pass it as `past_key_values`. Either every layer takes a forward pass's tokens, or none does."""
 
-    def __init__(self, config: PreTrainedConfig, spec: Spec, room: int | None = None) -> None:
-        self.config, self.spec, self.room = config.get_text_config(decoder=True), spec, room
+    def __init__(
+        self, config: PreTrainedConfig, spec: Spec, controller: Controller | None = None, room: int | None = None
+    ) -> None:
+        self.config, self.spec, self.controller = config.get_text_config(decoder=True), spec, controller
+        self.reserved = room
+        self._spread: Tensor | None = None  # of the forward pass under way, for the controller
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
         self._spilled: Path | None = None
         dense = DynamicCache(config=self.config).layers
+        spec.check_layers(len(dense))
         layers = [
-            PackedLayer(spec, index, self, room) if type(layer) is DynamicLayer else layer
+            PackedLayer(spec.at(index), index, self, room) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(dense)
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
@@ -91,6 +100,39 @@ class PackedCache(Cache):
     def _last(self) -> int:
         """DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store."""
         return max(i for i, layer in enumerate(self.layers) if type(layer).__name__ != "DummyLayer")
+
+    def watch(self, layer_idx: int, spread: Callable[[], Tensor]) -> None:
+        """A layer is about to store tokens. Of the last packed one a controller wants to know how attention lies."""
+        if self.controller is not None and layer_idx == self._packed[-1].index:
+            self._spread = spread()
+
+    def rate(self, model: PreTrainedModel, ids: Tensor | None, hidden: Tensor) -> None:
+        """A forward pass is over: where a controller routes tokens, tell it what the model said of the new ones."""
+        policy = self.spec.policy
+        if self.controller is None or self._spread is None or not isinstance(policy, Adaptive):
+            return
+        if ids is None:
+            raise InputError(f"router={policy.router} needs token ids. Give the model input_ids, not inputs_embeds.")
+        found = signals(model, ids, hidden, self._spread, self.controller.counts)
+        utility, self._spread = self.controller.utility(found), None
+        for layer in self._packed:
+            store = layer.opened()
+            store.tiers = policy.rated(store.tiers, utility)
+
+    @cached_property
+    def _packed(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    def room(self) -> int | None:
+        """How many tokens a forward pass may have, so that each sees what decoding one by one would show it.
+
+        None: any, because prefill=packed sees to it. Only a controller, which decides after a pass, sets a bound.
+        """
+        policy = self.spec.policy
+        if self.controller is None or not isinstance(policy, Adaptive):
+            return None
+        stores = [layer.store for layer in self._packed if layer.store is not None]
+        return min((policy.room(store.tiers) for store in stores), default=policy.first)
 
     def rollback(self) -> None:
         """Undo a forward pass that stopped half-way: every layer returns to its state before it, exactly."""
@@ -155,13 +197,13 @@ class PackedCache(Cache):
         """
         self._refuse_spilled()
         spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
-        fork = PackedCache(self.config, spec, self.room)
+        fork = PackedCache(self.config, spec, self.controller, self.reserved)
         for mine, its in zip(self.layers, fork.layers, strict=True):
             if isinstance(mine, PackedLayer) and mine.store is not None:
                 mine.store.kept()
             _restore(its, _snapshot(mine))
             if isinstance(its, PackedLayer) and its.store is not None:
-                its.store.spec = spec
+                its.store.spec = its.spec
         return fork
 
     def report(self) -> CacheReport:
@@ -197,4 +239,4 @@ def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None 
             f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
             "Use a causal language model such as LlamaForCausalLM."
         )
-    return PackedCache(model.config, chosen, room)
+    return PackedCache(model.config, chosen, controller_of(model, chosen), room)

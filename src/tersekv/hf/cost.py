@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tersekv.errors import InputError
+from tersekv.layout import BLOCK
 from tersekv.models.conversion import quiet
 from tersekv.spec import Spec
 
@@ -61,21 +62,23 @@ def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) 
 def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
     config: Any = whole.get_text_config(decoder=True)
     d, heads = head_dim(config), int(config.num_key_value_heads or config.num_attention_heads)
-    k, v = spec.k.layout(d), spec.v.layout(d)
     layers: list[Any] = DynamicCache(config=config).layers
-    packed = [layer for layer in layers if type(layer) is DynamicLayer]
+    spec.check_layers(len(layers))
+    packed = [spec.at(index) for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    pages = [(one.k.layout(d), one.v.layout(d)) for one in packed]
+    block = pages[0][0].block if pages else BLOCK
     token = 2 * heads * d * BF16
     window = sum(min(layer.sliding_window - 1, tokens) for layer in layers if getattr(layer, "is_sliding", False))
     held = spec.policy.held(tokens)
-    blocks = spec.policy.blocks(held, k.block)
-    bytes_packed = blocks * heads * (k.nbytes + v.nbytes) + (held - blocks * k.block) * token
+    blocks = spec.policy.blocks(held, block)
+    bytes_packed = blocks * heads * sum(k.nbytes + v.nbytes for k, v in pages)
     return {
         "context": tokens,
         "head_dim": d,
         "packed_layers": len(packed),
         "other_layers": len(layers) - len(packed),
         "dense": len(packed) * tokens * token,
-        "packed": len(packed) * bytes_packed,
+        "packed": bytes_packed + len(packed) * (held - blocks * block) * token,
         "window": window * token,
         "tables": len(packed) * blocks * heads * TABLES,
     }

@@ -1,5 +1,6 @@
 """One packed attention layer as transformers sees it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ class Owner(Protocol):
 
     def attached(self) -> bool: ...
     def finished(self, layer_idx: int) -> None: ...
+    def watch(self, layer_idx: int, spread: Callable[[], Tensor]) -> None: ...
     def rollback(self) -> None: ...
 
 
@@ -123,6 +125,7 @@ class PackedLayer(CacheLayerMixin):
         out = store.step(q, handle.k, handle.v, scale, route) if padding is None else None
         if out is None:
             check_finite(self.index, self.slots.total, handle.k, handle.v)
+            self.cache.watch(self.index, lambda: store.spread(q, handle.k, padding, scale))
             out = store.extend(q, handle.k, handle.v, padding, scale, route)
         self.slots = self.slots.grown(q.shape[2], padding)
         self.cache.finished(self.index)

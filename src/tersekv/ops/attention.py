@@ -71,6 +71,18 @@ def attend_alone(
     return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
+def weight_variance(
+    lse: Float[Tensor, "b hq n"], doubled: Float[Tensor, "b hq n"], count: Int[Tensor, "b n"]
+) -> Float[Tensor, "b n"]:
+    """Variance of each query's attention weights over the `count` tokens it sees, mean over heads.
+
+    From two log-sum-exps, one of them at twice the scale, because sum_j a_j^2 = exp(lse(2 s) - 2 lse(s)): no kernel has
+    to show its weights. NaN for a query that sees nothing.
+    """
+    squares = torch.exp(doubled - 2 * lse)
+    return (squares / count[:, None] - 1 / count[:, None].square()).mean(1)
+
+
 def attend_pages(q: Float[Tensor, "b hq n d"], pages: Pages, scale: float) -> Partial:
     """Attention of folded queries over packed pages, in the values' folded domain."""
     return merge(attend_dense(q, k, v, lengths, scale) for k, v, lengths in pages.tiles())

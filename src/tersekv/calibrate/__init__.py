@@ -1,0 +1,1 @@
+"""Fitting what a cache needs to a model: controllers that route tokens, bits for each layer. `tersekv calibrate`."""

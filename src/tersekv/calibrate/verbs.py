@@ -1,0 +1,123 @@
+"""The verbs of `tersekv calibrate`. As in `cli`, each imports what it needs when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from tersekv.terminal import Json, Stages, show
+
+calibrate = App(name="calibrate", help="Fit a policy to a model, on a text, by measurement.")
+
+
+@calibrate.command
+def adaptive(
+    model: str,
+    *,
+    text: Path,
+    spec: str = "rotated:bits=3",
+    windows: int = 24,
+    tokens: int = 64,
+    window: int = 384,
+    follow: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    directory: Annotated[Path | None, Parameter(name="--dir")] = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Train the controller of policy=adaptive: which tokens of this model are worth their bits.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
+    text
+        The calibration text, a UTF-8 file. Do not evaluate on it.
+    spec
+        The codec, and as its bits the average that labels are made for. Other averages work too.
+    windows
+        Windows of the text, drawn without replacement.
+    tokens
+        Tokens measured in each: every precision of each, alone.
+    window
+        Tokens of a window.
+    follow
+        Tokens after the window, by which it is judged.
+    seed
+        Of windows, tokens, weights and batches.
+    device
+        cpu or cuda.
+    directory
+        Where measurements are kept: the same command goes on where it was stopped. Default:
+        calibrations/adaptive/MODEL.
+    out
+        The controller. Default: controllers/MODEL.safetensors.
+    """
+    from tersekv.calibrate.adaptive import calibrate as run
+    from tersekv.calibrate.session import Settings
+
+    settings, name = Settings(model, text, spec, windows, window, follow, seed, device), Path(model).name
+    folder = directory or Path("calibrations") / "adaptive" / name
+    with Stages() as stages:
+        result = run(settings, tokens, folder, out or Path("controllers") / f"{name}.safetensors", stages)
+    show(result, json)
+
+
+@calibrate.command
+def budget(
+    model: str,
+    *,
+    text: Path,
+    bits: float,
+    spec: str = "rotated",
+    windows: int = 12,
+    window: int = 384,
+    follow: int = 32,
+    seed: int = 0,
+    device: str = "cpu",
+    directory: Annotated[Path | None, Parameter(name="--dir")] = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Bits for each layer's keys and values under one budget, as a spec that any cache of this model takes.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
+    text
+        The calibration text, a UTF-8 file. Do not evaluate on it.
+    bits
+        The average over layers, keys and values; nominal, such as 3.0.
+    spec
+        Codecs and policy, whose bits are to be replaced.
+    windows
+        Windows of the text, drawn without replacement.
+    window
+        Tokens of a window.
+    follow
+        Tokens after the window, by which it is judged.
+    seed
+        Of the windows.
+    device
+        cpu or cuda.
+    directory
+        Where measurements are kept: the same command goes on where it was stopped, and another --bits reuses them.
+        Default: calibrations/budget/MODEL.
+    out
+        Write all that was measured to this JSON file.
+    """
+    from tersekv.calibrate.budget import calibrate as run
+    from tersekv.calibrate.session import Settings
+    from tersekv.record import write
+
+    settings = Settings(model, text, spec, windows, window, follow, seed, device)
+    folder = directory or Path("calibrations") / "budget" / Path(model).name
+    with Stages() as stages:
+        result = run(settings, bits, folder, stages)
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)
+    if not json:
+        print(*(f"control: {text}" for text in result.controls), f"spec: {result.spec}", sep="\n")

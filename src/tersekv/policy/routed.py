@@ -1,0 +1,99 @@
+"""Tiers of a policy that sends each token to one of several packed tiers, and still knows where it stood."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from tersekv.dense_tier import DenseTier
+from tersekv.ragged import join
+from tersekv.tiers import Tiers
+
+CODES = 4  # in a byte: a route has 2 bits
+
+
+@dataclass(frozen=True)
+class NotedTier(DenseTier):
+    """With each token, what its policy will need to know when it decides."""
+
+    note: Float[Tensor, "b h t w"]
+
+    @staticmethod
+    def of(tier: DenseTier, note: Tensor) -> "NotedTier":
+        return NotedTier(tier.k, tier.v, tier.positions, tier.lengths, note)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {"note": self.note}
+
+    def append(self, other: DenseTier) -> DenseTier:
+        """To an empty tier, which does not know the width of a note yet, any can be appended."""
+        return super().append(other) if self.k.shape[2] else other
+
+    def plain(self) -> DenseTier:
+        return DenseTier(self.k, self.v, self.positions, self.lengths)
+
+
+@dataclass(frozen=True)
+class RoutedTiers(Tiers):
+    """`routes` names the tier of every position that has left the recent tier, in the order of `names`, 2 bits each.
+
+    A packed tier holds the position of the first token of each block; those of the others follow from the routes.
+    """
+
+    names: tuple[str, ...]
+    average: float  # bits a token
+    routes: Tensor  # uint8 (b, h, bytes), on the host
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"routes": self.routes}
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Tiers:
+        return replace(routed(super().select(rows)), routes=self.routes.index_select(0, rows.cpu()))
+
+    def levels(self) -> UInt8[np.ndarray, "b h t"]:
+        """The route of each position; what lies beyond a row's own is nothing."""
+        codes = self.routes.numpy()[..., None] >> (2 * np.arange(CODES, dtype=np.uint8)) & 3
+        return codes.reshape(*codes.shape[:2], -1)
+
+    def more(self, levels: Int[np.ndarray, "b h n"], count: Int[np.ndarray, "b h"]) -> "RoutedTiers":
+        """With the routes of the next `count` positions. The recent tier must still hold their tokens."""
+        first = self.seen - self.dense["recent"].lengths
+        old = torch.from_numpy(self.levels())[..., : int(first.max(initial=0))]
+        missing = max(int(first.max(initial=0)) - old.shape[2], 0)  # the sink has no routes
+        old = torch.nn.functional.pad(old, (0, missing))
+        return self.with_levels(join(old, first, torch.from_numpy(levels.astype(np.uint8)), count).numpy())
+
+    def with_levels(self, levels: np.ndarray) -> "RoutedTiers":
+        levels = np.pad(levels, [(0, 0), (0, 0), (0, -levels.shape[2] % CODES)])
+        codes = levels.reshape(*levels.shape[:2], -1, CODES) << (2 * np.arange(CODES, dtype=np.uint8))
+        return replace(self, routes=torch.from_numpy(codes.sum(-1, dtype=np.uint8)))
+
+    def decoded(self) -> list[DenseTier]:
+        return [*self.dense.values(), *map(self.unpacked, self.packed)]
+
+    def unpacked(self, name: str) -> DenseTier:
+        """A packed tier's tokens, with the positions that they came from."""
+        tier = self.packed[name]
+        positions = np.zeros((*tier.table.shape, tier.block), dtype=np.int32)
+        mine, starts = self.levels() == self.names.index(name), tier.starts.cpu().numpy()
+        for row in np.ndindex(tier.lengths.shape):
+            there = np.flatnonzero(mine[row])
+            for block in range(tier.lengths[row] // tier.block):
+                first = np.searchsorted(there, starts[row][block])
+                positions[row][block] = there[first : first + tier.block]
+        flat = torch.from_numpy(positions).flatten(2).to(tier.pool.device)
+        return replace(tier.decoded(), positions=flat)
+
+
+def noted(tier: DenseTier) -> NotedTier:
+    """What a method that every dense tier has made of a noted one."""
+    assert isinstance(tier, NotedTier)
+    return tier
+
+
+def routed(tiers: Tiers) -> RoutedTiers:
+    """As `noted`, of tiers."""
+    assert isinstance(tiers, RoutedTiers)
+    return tiers
