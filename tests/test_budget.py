@@ -17,7 +17,7 @@ BUDGET = {
     "hf": 820,
     "models": 600,
     "ops": 1260,
-    "ops/cuda": 780,
+    "ops/cuda": 930,
     "policy": 260,
     "reports": 660,
 }
