@@ -9,7 +9,7 @@ from test_cuda_attend import RAGGED, SIDES
 
 from tersekv import ops
 from tersekv.ops import attention as reference
-from tersekv.ops.cuda import attending, chunks, compiler, joining
+from tersekv.ops.cuda import chunks, compiler, joining
 from tersekv.ops.pages import Pages, Partial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
@@ -30,7 +30,6 @@ SHAPES = {  # d, g, n, lengths
 
 def check(case: Case) -> None:
     pages = mma_pages(case, "cuda")
-    assert attending.reads(pages)
     q = case.q.cuda()
     torch.full((64 * 2**20,), torch.nan, device="cuda")  # what torch.empty will give
     first = chunks.attend_chunk(q, pages, case.scale)

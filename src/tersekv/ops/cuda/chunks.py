@@ -66,7 +66,7 @@ class Shape:
 
 @lru_cache
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
-    """As many slots as fit. At head dim 256 a thread's registers hold the sums of 64 query rows and a part of a page."""
+    """As many slots as fit. At head dim 256 a thread's registers hold 64 query rows' sums and half a page."""
     d = k.d
     groups, parts = (1, 2) if d > 128 else (1 if rows <= 64 else 2, 1)
     unpackers = 2 if gpu.major == 9 and d <= 128 else 1
