@@ -9,7 +9,7 @@ from native_cases import Case, Side
 from native_truth import EPS, Tokens, Truth, blocks_of, by_rows, tokens
 from torch import Tensor
 
-from tersekv.ops.cuda.levels import levels
+from tersekv.ops.cuda.levels import levels, listed
 from tersekv.ops.planes import read_codes
 from tersekv.ops.recipe import Grid
 
@@ -59,3 +59,39 @@ def weight_bound(p: Tensor, v: Tokens, v_near: Tensor, v_centred: Tensor) -> Ten
 
 def truth(case: Case) -> Truth:
     return by_rows(case, of_row)
+
+
+BFLOAT = 2**-9  # relative: half a step of bf16
+ROUNDED_GAIN = 2**-14  # relative: the step of a token, kept to 15 significant bits
+BIAS = 2**15 + 2**7  # bytes become floats by way of a number this large, in units of a table's step
+
+
+def unpacked_off(side: Side, t: Tokens, pages: slice, length: int) -> Tensor:
+    """How far a value (t, d) in shared memory may be from the exact one, from the table's steps and bf16's."""
+    assert isinstance(side.recipe, Grid)
+    off = (t.values.abs() + 2 * EPS * t.magnitude) * BFLOAT
+    if not listed(side.recipe.table):
+        found = levels(side.recipe.table)
+        near_t = near(side)[0][pages].flatten(0, 1)[:length]
+        reach = (t.t - near_t).abs() + ROUNDED_GAIN * near_t.abs() + EPS * BIAS * found.step
+        off = off + reach * (t.scale * t.channel_scale).abs()
+    return off + 4 * EPS * t.magnitude
+
+
+def of_chunk_row(case: Case, q: Tensor, pages: slice, length: int) -> tuple[Tensor, ...]:
+    """As `of_row`, of the kernel for many query rows: bf16 queries, keys, weights and values, fp32 sums."""
+    k, v = (tokens(side, pages, length) for side in (case.k, case.v))
+    k_off, v_off = (unpacked_off(side, t, pages, length) for side, t in ((case.k, k), (case.v, v)))
+    scores = case.scale * q @ k.values.T
+    lse, p = scores.logsumexp(-1), scores.softmax(-1)
+    out = p @ v.values
+    by_query = (BFLOAT + 4 * EPS) * (k.values.abs() + k_off) + (q.shape[-1] + 16) * EPS * k.magnitude
+    off = (case.scale * q.abs() @ (k_off + by_query).T).amax(-1, keepdim=True) + 2**-19
+    spread = (p[:, :, None] * (v.values - out[:, None]).abs()).sum(1)
+    moved = torch.expm1(2 * off) * spread
+    rounded = (length + 64) * EPS * (p @ v.magnitude) + p @ (v_off + 1.01 * BFLOAT * (v.values.abs() + v_off))
+    return out, lse, moved + torch.exp(2 * off) * rounded, off[:, 0] + (8 + length / 16) * EPS * (1 + lse.abs())
+
+
+def chunk_truth(case: Case) -> Truth:
+    return by_rows(case, of_chunk_row)

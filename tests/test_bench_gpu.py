@@ -22,7 +22,7 @@ needs_gpu = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missi
 
 def test_the_run_file_makes_sense() -> None:
     grids = gpu_run.read_grids(RUNS / "attend-cuda.toml")
-    assert {grid.name for grid in grids} == {"batch", "single", "shapes"}
+    assert {grid.name for grid in grids} == {"batch", "single", "shapes", "chunks"}
     for grid in grids:
         assert all(parse(text) for text in grid.specs.values())
         assert all(gpu.Case(**fields).hq % fields["h"] == 0 for fields in grid.cases)

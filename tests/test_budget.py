@@ -10,15 +10,15 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3300,
-    "bench": 1880,
+    ".": 3700,
+    "bench": 2400,
     "calibrate": 640,
     "codecs": 1090,
     "eval": 1330,
-    "hf": 860,
+    "hf": 1000,
     "models": 600,
     "ops": 1260,
-    "ops/cuda": 780,
+    "ops/cuda": 1200,
     "policy": 1000,
     "reports": 660,
 }

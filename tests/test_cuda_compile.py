@@ -8,7 +8,7 @@ import pytest
 
 from tersekv.codec import Codec
 from tersekv.errors import TersekvError
-from tersekv.ops.cuda import attending, compiler, encoding, joining, source, stepping
+from tersekv.ops.cuda import attending, chunks, compiler, encoding, joining, source, stepping
 from tersekv.spec import parse, parse_codec
 
 pytestmark = pytest.mark.skipif(compiler.uncompilable() is not None, reason=str(compiler.uncompilable()))
@@ -60,6 +60,31 @@ def attend_text(spec: str, d: int, rows: int, arch: str) -> str:
 )
 def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
     assert stack_bytes(compiler.compiled(attend_text(spec, d, rows, arch), arch)) == 0
+
+
+def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
+    codecs = parse(spec)
+    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    sm = SM_BYTES[arch] * 1024
+    how = chunks.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024))
+    return chunks.text(k, v, codecs.k.recipe(d), codecs.v.recipe(d), how)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("spec", "d", "rows"),
+    [
+        *((f"rotated:bits={bits}", 128, 4096) for bits in (1, 2, 3, 4, 8)),
+        ("rotated:bits=4", 128, 64),
+        ("rotated:bits=4", 256, 4096),
+        ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
+    ],
+)
+def test_chunk(spec: str, d: int, rows: int, arch: str) -> None:
+    if d == 256 and arch != "sm_90":
+        pytest.skip("at head dim 256 the kernel is for Hopper alone")
+    target = compiler.architecture(int(arch[3:-1]), int(arch[-1]))
+    assert stack_bytes(compiler.compiled(chunk_text(spec, d, rows, arch), target)) == 0
 
 
 @pytest.mark.parametrize("arch", ["sm_90"])

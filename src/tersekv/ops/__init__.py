@@ -137,6 +137,8 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float
         return native.attend_dense(q, k, v, lengths, scale, padding, True)
     if q.shape[2] <= FEW_QUERIES and cuda.reads_dense(q, k):
         return cuda.attend_dense(q, k, v, None, scale, _counted(padding, 0), True)
+    if cuda.flashes(q, k, v) and _counted(padding, 0) is None:
+        return cuda.attend_causal(q, k, v, scale)
     return reference.attend_causal(q, k, v, padding, scale)
 
 

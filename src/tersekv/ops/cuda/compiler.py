@@ -158,9 +158,14 @@ class Kernel:
         return config
 
 
+def architecture(major: int, minor: int) -> str:
+    """What to compile for. Hopper's `wgmma` is there only where the code is for that GPU and no newer one."""
+    return f"sm_{major}{minor}" + ("a" if major == 9 else "")
+
+
 @cache
 def kernel(text: str, name: str, device: int, shared_bytes: int = 0, options: tuple[str, ...] = ()) -> Kernel:
     """The kernel `name` of this source on a device, compiled at the first call."""
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        return Kernel(kept(text, f"sm_{major}{minor}", options), name, device, shared_bytes)
+        return Kernel(kept(text, architecture(major, minor), options), name, device, shared_bytes)

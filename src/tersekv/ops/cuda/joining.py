@@ -12,6 +12,7 @@ from tersekv.ops.cuda.compiler import kernel, missing
 from tersekv.ops.cuda.encoding import KINDS
 from tersekv.ops.pages import Partial
 
+FLASH = (torch.bfloat16, torch.float16)
 MOST_PARTS = 8  # as in merge.cu
 ROWS = (1, 2, 4, 8)  # query rows of a block
 
@@ -69,6 +70,18 @@ def attend_dense(
     pointers = (x.data_ptr() if x is not None else None for x in (q, k, v, lengths, padding, out, lse))
     strides = ((c_longlong * 3)(*(x.element_size() * x.stride(i) for i in range(3))) for x in (k, v))
     run((-(-rows // per_block), b * h, 1), 256, Dense(*pointers, *strides, h, rows, n, t, scale))
+    return out, lse
+
+
+def flashes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_causal` can run: all in one 16-bit precision."""
+    fits = q.shape[-1] == v.shape[-1] and q.shape[-1] in HEAD_DIMS and q.shape[2] == k.shape[2]
+    return q.device.type == "cuda" and q.dtype in FLASH and q.dtype == k.dtype == v.dtype and fits and not missing()
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """Of new tokens among themselves, by PyTorch's FlashAttention: its public function hides the log-sum-exp."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
     return out, lse
 
 

@@ -49,6 +49,13 @@ def levels(table: tuple[float, ...]) -> Levels:
     return Levels(tuple(int(n) for n in level[best]), float(step[best]), middle)
 
 
+@lru_cache
+def listed(table: tuple[float, ...]) -> bool:
+    """Whether a table has to be looked up entry by entry: 256 of unequal steps, which no byte stands for."""
+    found = levels(table)
+    return len(table) == 256 and found.error(table) > found.step / 100
+
+
 def packed(level: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The first 16 levels as bytes of four words, zeros after the last one."""
     content = np.zeros(16, dtype=np.int8)

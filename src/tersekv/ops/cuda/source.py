@@ -4,7 +4,7 @@ from functools import cache
 from importlib.resources import files
 
 from tersekv.layout import Layout, Plane
-from tersekv.ops.cuda.levels import levels, packed
+from tersekv.ops.cuda.levels import levels, listed, packed
 from tersekv.ops.recipe import Grid
 
 NUMBERS = ("scale", "zero", "channel_scale", "channel_zero")
@@ -30,6 +30,7 @@ def _table(recipe: Grid) -> str:
     words = ", ".join(f"T{i} = {word:#010x}u" for i, word in enumerate(packed(found.level)))
     return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)};
   static constexpr float CENTRE = {number(found.centre)};
+  static constexpr bool LISTED = {int(listed(recipe.table))};
   static constexpr u32 {words};
 """
 

@@ -1,0 +1,154 @@
+"""Attention of many query rows over packed pages on a GPU, and which kernel attends from how many."""
+
+from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tersekv.layout import Layout
+from tersekv.ops.cuda import attending, joining, source
+from tersekv.ops.cuda.attending import LOG2E, Form, Limits
+from tersekv.ops.cuda.compiler import Kernel, kernel
+from tersekv.ops.cuda.levels import listed
+from tersekv.ops.pages import Pages, Partial
+from tersekv.ops.recipe import Grid
+
+FEW_ROWS = 24  # query rows for each KV head up to which `attend.cu`, eight at a time, is faster (measured)
+SLOTS = (6, 4, 2)  # sides of pages that are unpacked ahead, keys and values in turn
+RAW_PAGES = 3  # as in chunk.cu
+MOST_SPLITS = joining.MOST_PARTS**2  # joined in two launches
+OVERHEAD = 4  # what a block costs besides its pages, in pages
+
+
+class Arguments(Structure):
+    """As in `chunk.cu`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "pool", "table", "lengths", "out", "lse")),
+        ("page_bytes", c_longlong),
+        *((name, c_int) for name in ("rows", "blocks", "splits", "tiles", "sequences")),
+        ("scale", c_float),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a launch: `groups` of 128 threads multiply 64 query rows each, `unpackers` unpack; `slots` of unpacked sides.
+
+    A page is multiplied in `parts`. `registers` of a thread of each kind, where the GPU lets them differ; 0: as given.
+    """
+
+    d: int
+    groups: int
+    unpackers: int
+    parts: int
+    registers: tuple[int, int]
+    slots: int
+    shared_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.groups + self.unpackers)
+
+    def constants(self) -> str:
+        multiply, unpack = self.registers
+        return (
+            f"constexpr int D = {self.d}, GROUPS = {self.groups}, UNPACKERS = {self.unpackers}, PARTS = {self.parts}, "
+            f"SLOTS = {self.slots}, REGISTERS = {multiply}, UNPACKER_REGISTERS = {unpack};\n"
+        )
+
+
+@lru_cache
+def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
+    """As many slots as fit. At head dim 256 a thread's registers hold 64 query rows' sums and half a page."""
+    d = k.d
+    groups, parts = (1, 2) if d > 128 else (1 if rows <= 64 else 2, 1)
+    unpackers = 2 if gpu.major == 9 and d <= 128 else 1
+    registers = (168, 88) if unpackers == 2 and d * groups > 128 else (0, 0)
+    rest = 1024 + RAW_PAGES * (k.nbytes + v.nbytes) + 4 * 512 + 2 * 1024 + 16
+    for slots in SLOTS:
+        total = slots * (128 * d + 16) + rest
+        if total <= gpu.block_bytes:
+            return Shape(d, groups, unpackers, parts, registers, slots, total)
+    raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no two sides of 64 tokens of head dim {d}.")
+
+
+@lru_cache
+def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> str:
+    sides = source.side("K", k, k_recipe) + source.side("V", v, v_recipe)
+    lists = _list("K_LIST", k_recipe) + _list("V_LIST", v_recipe)
+    return f'#include "planes.cuh"\n{sides}{lists}{how.constants()}{source.read("chunk.cu")}'
+
+
+def _list(name: str, recipe: Grid) -> str:
+    entries = recipe.table if listed(recipe.table) else (0.0,)
+    return f"__constant__ float {name}[] = {{{', '.join(map(source.number, entries))}}};\n"
+
+
+@lru_cache
+def splits(tiles: int, blocks: int, processors: int) -> int:
+    """Into how many parts each row of pages is cut: fewest waves of fewest pages. Known without the lengths."""
+
+    def cost(count: int) -> int:
+        joins = 0 if count == 1 else 1 if count <= joining.MOST_PARTS else 2
+        return -(-tiles * count // processors) * (-(-blocks // count) + OVERHEAD) + OVERHEAD * joins
+
+    return min(range(1, max(1, min(blocks, MOST_SPLITS)) + 1), key=cost)
+
+
+@lru_cache
+def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> tuple[Kernel, Shape, int, int]:
+    """The kernel, its shape, its tiles of query rows for each sequence and head, and its splits: made once a form."""
+    gpu = attending.limits(device)
+    how = shape(pages[0], pages[1], rows, gpu)
+    tiles = -(-rows // how.rows)
+    run = kernel(text(*pages, how), "attend_chunk", device, how.shared_bytes)
+    return run, how, tiles, splits(sequences * tiles, blocks, gpu.processors)
+
+
+def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
+    """As `ops.attention.attend_pages`: few query rows in 8-bit integers, many, or unequal 8-bit steps, in bf16."""
+    rows = q.shape[1] // pages.table.shape[1] * q.shape[2]
+    d = pages.k_layout.d
+    hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
+    fits = d == attending.LISTED_HEAD_DIM or (d == 256 and hopper)
+    few = (rows <= FEW_ROWS or not fits) and not (
+        listed(_grid(pages.k_recipe).table) or listed(_grid(pages.v_recipe).table)
+    )
+    return attending.attend_pages(q, pages, scale) if few else attend_chunk(q, pages, scale)
+
+
+def _grid(recipe: object) -> Grid:
+    assert isinstance(recipe, Grid)  # for the type checker: see `attending.reads`
+    return recipe
+
+
+def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
+    """Each page is unpacked once for up to 128 query rows, and multiplied in bf16. No host sync."""
+    b, hq, n, d = q.shape
+    h, blocks = pages.table.shape[1:]
+    rows, device = hq // h * n, q.device
+    form = pages.k_layout, pages.v_layout, _grid(pages.k_recipe), _grid(pages.v_recipe)
+    run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
+    out = torch.empty(parts, b, hq, n, d, dtype=torch.float32, device=device)
+    lse = torch.empty(parts, b, hq, n, dtype=torch.float32, device=device)
+    q, table, lengths = q.float().contiguous(), pages.table.contiguous(), pages.lengths.contiguous()
+    pointers = (x.data_ptr() for x in (q, pages.pool, table, lengths, out, lse))
+    numbers = (pages.pool.stride(0), rows, blocks, parts, tiles, b * h, scale * LOG2E)
+    if rows and b:
+        run((b * h * tiles * parts, 1, 1), how.threads, Arguments(*pointers, *numbers))
+    return _joined(list(zip(out, lse, strict=True)))
+
+
+def _joined(parts: list[Partial]) -> Partial:
+    most = joining.MOST_PARTS
+    while len(parts) > 1:
+        groups = [parts[i : i + most] for i in range(0, len(parts), most)]
+        parts = [joining.merge(group) if len(group) > 1 else group[0] for group in groups]
+    return parts[0]

@@ -1,0 +1,170 @@
+// From a page in shared memory to bf16 operands B of matrix products, by four warps. Tokens, and the channels of keys, lie in
+// an order of their own (`token_of`, `key_channel`), in which every lane stores 16 bytes at once and eight lanes meet no bank twice.
+#pragma once
+#include "planes.cuh"
+#include "tensor.cuh"
+#include "unpack.cuh"
+
+constexpr int UNITS = D / 64;
+constexpr float BIAS = 32768.f;  // 0x47000000: the two bytes below its first are a number that is added
+
+// The token at a row of the keys and a column of the values.
+INLINE int token_of(int n) { return (n & 0x31) | (n & 8) >> 1 | (n & 4) >> 1 | (n & 2) << 2; }
+INLINE int place_of(int token) { return (token & 0x31) | (token & 4) << 1 | (token & 2) << 1 | (token & 8) >> 2; }
+
+// The channel at a column of the keys: its first of eight neighbours, columns 8 * `chunk`.. of 64-channel part `unit`.
+INLINE int key_channel(int unit, int chunk) {
+  return (chunk % 2 + chunk / 4 * 2) * (D / 4) + 16 * unit + 8 * (chunk / 2 % 2);
+}
+
+// How codes of a side become numbers: entry() * gain + offset(gain).
+template <class S>
+struct Entries {
+  static constexpr bool BIT = S::BITS == 1, LISTED = S::LISTED;
+  u32 table[4];
+  const float* list;
+  INLINE Entries(const float* list)
+      : table{S::T0 ^ 0x80808080u, S::T1 ^ 0x80808080u, S::T2 ^ 0x80808080u, S::T3 ^ 0x80808080u}, list(list) {}
+
+  // Operands A of unit `codes`, rows 16 x..: a[y][2 * half + r].
+  INLINE void bytes(const u8* codes, int x, u32 (&a)[2][4]) const {
+    if constexpr (S::BITS == 2) {
+      const uint2 both = *reinterpret_cast<const uint2*>(codes + 512 * (x / 2) + 8 * (x % 2));
+      const u32 word[2] = {both.x, both.y};
+#pragma unroll
+      for (int y = 0; y < 2; y++)
+#pragma unroll
+        for (int field = 0; field < 2; field++) {
+          const u32 index = (word[y] >> (2 * field)) & 0x33333333u;
+          a[y][2 * field] = look_up(table[0], table[0], index);
+          a[y][2 * field + 1] = look_up(table[0], table[0], index >> 16);
+        }
+    } else {
+      Unit<S::BITS>(codes, table).get(x, a);
+      if constexpr (S::BITS == 8)
+#pragma unroll
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] ^= 0x80808080u;
+    }
+  }
+  // Of byte i of a word; `field`: the row of a bit, which counts 2^field times.
+  INLINE float entry(u32 word, int i, int field) const {
+    if constexpr (LISTED) return list[word >> 8 * i & 0xFF];
+    const float x = __uint_as_float(prmt(word, 0x47u, 0x4505u | i << 4));
+    if constexpr (BIT) {
+      const float unit = __uint_as_float(u32(127 - field) << 23);
+      return fmaf(x, unit, -BIAS * unit);
+    }
+    return x;
+  }
+  // Of 15 significant bits, so that 32,896 = 257 * 128 of them are exact: else every value would be off to the same side.
+  static INLINE float gain(float scale) {
+    return LISTED ? scale : __uint_as_float(__float_as_uint(S::STEP * scale) & 0xFFFFFE00u);
+  }
+  static INLINE float offset(float scale, float zero) {
+    if constexpr (LISTED) return zero;
+    return fmaf(BIT ? 0.f : -(BIAS + 128.f), gain(scale), fmaf(S::MID, scale, zero));
+  }
+};
+
+template <class S, int COUNT>
+INLINE void token_numbers(const u8* side, int first, float (&gain)[COUNT], float (&offset)[COUNT]) {
+  float scale[COUNT], zero[COUNT];
+#pragma unroll
+  for (int t = 0; t < COUNT; t++) scale[t] = 1, zero[t] = 0;
+  if constexpr (S::SCALE.kind != NONE) numbers<S::SCALE.kind>(side + S::SCALE.offset, first, scale);
+  if constexpr (S::ZERO.kind != NONE) numbers<S::ZERO.kind>(side + S::ZERO.offset, first, zero);
+#pragma unroll
+  for (int t = 0; t < COUNT; t++) gain[t] = Entries<S>::gain(scale[t]), offset[t] = Entries<S>::offset(scale[t], zero[t]);
+}
+
+INLINE void put(u8* to, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(to) =
+      make_uint4(bfloats(x[0], x[1]), bfloats(x[2], x[3]), bfloats(x[4], x[5]), bfloats(x[6], x[7]));
+}
+
+// Eight signed bytes as numbers: a conversion instruction would take eight times as long.
+INLINE void signed_bytes(const u8* from, float step, float (&x)[8]) {
+  const uint2 both = *reinterpret_cast<const uint2*>(from);
+  const u32 word[2] = {both.x ^ 0x80808080u, both.y ^ 0x80808080u};
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    x[i] = (__uint_as_float(prmt(word[i / 4], 0x47u, 0x4505u | (i % 4) << 4)) - (BIAS + 128.f)) * step;
+}
+
+// Warp `w` of four writes tokens 8 g + 2 w and the next, for each g of 8.
+INLINE void put_keys(const u8* side, u8* slot, const Entries<K>& entries, int w) {
+  const int lane = threadIdx.x % 32, g = lane / 4, p = lane % 4;
+  float gain[2], offset[2];
+  token_numbers<K>(side, 8 * g + 2 * w, gain, offset);
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    u32 a[2][4];
+    entries.bytes(side + K::CODES + 512 * K::BITS * u + 16 * lane, w, a);
+#pragma unroll
+    for (int y = 0; y < 2; y++) {
+      const int chunk = p % 2 + 2 * y + p / 2 * 4, c = key_channel(u, chunk);
+      float stretch[8], shift[8];
+      channel_numbers<K::CHANNEL_SCALE.kind>(side, K::CHANNEL_SCALE, c, 1, stretch);
+      if constexpr (K::CHANNEL_ZERO.kind == INT8)
+        signed_bytes(side + K::CHANNEL_ZERO.offset + c, number<FP16>(side + K::CHANNEL_ZERO.step, 0), shift);
+      else channel_numbers<K::CHANNEL_ZERO.kind>(side, K::CHANNEL_ZERO, c, 0, shift);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[r], offset[r]);
+          if constexpr (K::CHANNEL_SCALE.kind != NONE) x[i] = fmaf(x[i], stretch[i], shift[i]);
+          else if constexpr (K::CHANNEL_ZERO.kind != NONE) x[i] += shift[i];
+        }
+        put(slot + 8192 * u + swizzled(place_of(8 * g + 2 * w + r), chunk), x);
+      }
+    }
+  }
+}
+
+struct Weights {  // of the tokens of a page, for one warp
+  float gain[64], offset[64];
+};
+
+// Warp `w` of four writes channels D / 8 g + 8 u + 2 w and the next; tokens that do not count are 0, be their bytes NaN.
+INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int w, int left, Weights& weights) {
+  const int lane = threadIdx.x % 32, g = lane / 4, p = lane % 4;
+  {
+    float gain[2], offset[2];
+    token_numbers<V>(side, 2 * lane, gain, offset);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+      const int at = place_of(2 * lane + t);
+      const bool counts = 2 * lane + t < left;
+      weights.gain[at] = counts ? gain[t] : 0, weights.offset[at] = counts ? offset[t] : 0;
+    }
+  }
+  __syncwarp();
+  float gain[16], offset[16];
+#pragma unroll
+  for (int i = 0; i < 16; i++) gain[i] = weights.gain[16 * p + i], offset[i] = weights.offset[16 * p + i];
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    u32 a[2][4];
+    entries.bytes(side + V::CODES + 512 * V::BITS * u + 16 * lane, w, a);
+    float stretch[2], shift[2];
+    const int row = 8 * u + 2 * w;
+    channel_numbers<V::CHANNEL_SCALE.kind>(side, V::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);
+    channel_numbers<V::CHANNEL_ZERO.kind>(side, V::CHANNEL_ZERO, D / 8 * g + row, 0, shift);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int y = 0; y < 2; y++) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[8 * y + i], offset[8 * y + i]);
+          if constexpr (V::CHANNEL_SCALE.kind != NONE || V::CHANNEL_ZERO.kind != NONE)
+            x[i] = fmaf(x[i], stretch[r], shift[r]);
+        }
+        put(slot + swizzled(8 * (row + r) + g, 2 * p + y), x);
+      }
+  }
+  __syncwarp();
+}

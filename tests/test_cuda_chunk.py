@@ -1,0 +1,75 @@
+"""Attention of many query rows by the CUDA kernels against fp64, and who attends from how many. `pytest -m gpu`."""
+
+import pytest
+import torch
+from cuda_truth import chunk_truth
+from native_cases import Case, make_case, mma_pages
+from native_truth import compare
+from test_cuda_attend import RAGGED, SIDES
+
+from tersekv import ops
+from tersekv.ops import attention as reference
+from tersekv.ops.cuda import chunks, compiler, joining
+from tersekv.ops.pages import Pages, Partial
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
+
+MORE_SIDES = SIDES | {
+    "8/8 bits, unequal": ("8 normal scale:log8 channel_zero:int8", "8 normal scale:log8"),
+    "signs": ("2 normal scale:fp16", "4 normal scale:fp16 zero:fp16"),
+}
+SHAPES = {  # d, g, n, lengths
+    "d128 ragged": (128, 4, 33, RAGGED),
+    "d128 g3 n7": (128, 3, 7, [[64, 130], [1, 0]]),
+    "d128 g4 n17": (128, 4, 17, [[127], [1121]]),
+    "d128 n129": (128, 1, 129, [[321, 64]]),
+    "d256 g2 n65": (256, 2, 65, [[66], [700]]),
+    "splits": (128, 8, 8, [[4096, 4097], [2049, 1]]),
+}
+
+
+def check(case: Case) -> None:
+    pages = mma_pages(case, "cuda")
+    q = case.q.cuda()
+    torch.full((64 * 2**20,), torch.nan, device="cuda")  # what torch.empty will give
+    first = chunks.attend_chunk(q, pages, case.scale)
+    compare((first[0].cpu(), first[1].cpu()), chunk_truth(case), "cuda")
+    again = chunks.attend_chunk(q, pages, case.scale)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sides", MORE_SIDES)
+def test_pages(sides: str, shape: str) -> None:
+    check(make_case(*MORE_SIDES[sides], *SHAPES[shape]))
+
+
+@pytest.mark.parametrize(
+    ("sides", "d", "n", "many"),
+    [("norms", 128, 6, False), ("norms", 128, 7, True), ("norms", 64, 7, False), ("8/8 bits, unequal", 128, 1, True)],
+)
+def test_rows_choose_the_kernel(sides: str, d: int, n: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = make_case(*MORE_SIDES[sides], d, 4, n, [[65]]), []
+    real = chunks.attend_chunk
+
+    def counted(q: torch.Tensor, pages: Pages, scale: float) -> Partial:
+        calls.append(q.shape)
+        return real(q, pages, scale)
+
+    monkeypatch.setattr(chunks, "attend_chunk", counted)
+    ops.attend_pages(case.q.cuda(), mma_pages(case, "cuda"), case.scale)
+    assert bool(calls) == many
+
+
+@pytest.mark.parametrize("padding", [[0, 0], [0, 3]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_new_tokens_among_themselves(dtype: torch.dtype, padding: list[int]) -> None:
+    q, k, v = (torch.randn(2, h, 300, 128, device="cuda").to(dtype) for h in (8, 2, 2))
+    assert joining.flashes(q, k, v)
+    given = torch.tensor(padding)
+    got, right = ops.attend_causal(q, k, v, given, 0.1), reference.attend_causal(q, k, v, given, 0.1)
+    step = torch.finfo(dtype).eps
+    assert (got[0] - right[0]).abs().max() <= 4 * step * v.abs().max()
+    visible = torch.isfinite(right[1])
+    assert torch.equal(torch.isfinite(got[1]), visible)
+    assert (got[1] - right[1])[visible].abs().max() <= 1e-4
