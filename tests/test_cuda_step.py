@@ -183,3 +183,18 @@ def test_kernels_run_where_their_tensors_are() -> None:
             outputs.append(store.extend(q, k, v, None, 0.125).cpu())
     half = len(outputs) // 2
     assert all(torch.equal(one, other) for one, other in zip(outputs[:half], outputs[half:], strict=True))
+
+
+def test_making_room_holds_the_pages_of_one_layer_twice_and_not_of_all() -> None:
+    model = tiny(layers=8, max_position_embeddings=4096)
+    cache = tersekv.cache(model, "terse4")
+    with torch.inference_mode(), tersekv.attached(model):
+        model(input_ids=torch.arange(3000, device=CUDA)[None] % 97, past_key_values=cache, logits_to_keep=1)
+        held = sum(layer.opened().tiers.packed["packed"].pool.nbytes for layer in cache.layers)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(input_ids=torch.ones(1, 1, dtype=torch.int64, device=CUDA), past_key_values=cache)
+        assert torch.cuda.max_memory_allocated() - before < 0.6 * held  # an eighth, the room, and what a pass needs
+        cache.crop(2990)
+        assert cache.get_seq_length() == 2990

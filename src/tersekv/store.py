@@ -118,18 +118,22 @@ class Store:
 
     def _step_on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
         n = q.shape[2]
-        if not self.ready(n) and not self._begin_tail(q):
-            return None
+        self.make_room(q)
+        self.steady = True
         tiers, tail, count = self.state
         if not isinstance(tail, DeviceTail) or not tail.claim(count, n):
             return None
         self.state = (tiers, tail, count + n)
         return tail.step(q, k, v, scale)
 
-    def _begin_tail(self, q: Tensor) -> bool:
-        """Memory with room, for who goes on: where beams are exchanged at every step it would be copied each time."""
-        steady, self.steady = self.steady, True
-        if not steady or not self.lengths.any():
+    def make_room(self, q: Tensor) -> bool:
+        """Before a step on a GPU: whether the tokens were moved to where it can write. `state` before holds them too.
+
+        Not for who exchanges or crops sequences at every step: there they would be moved each time.
+        """
+        if q.device.type != "cuda" or self.spec.policy.asks or self.ready(q.shape[2]):
+            return False
+        if not self.steady or not self.lengths.any():
             return False
         tail = DeviceTail.behind(self.tiers, self.spec.policy, self.room, q)
         if tail is not None:

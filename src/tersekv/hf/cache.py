@@ -96,6 +96,10 @@ class PackedCache(Cache):
         if layer_idx == self._last:
             self._before = {}
 
+    def moved(self, layer_idx: int) -> None:
+        """A layer's tokens lie elsewhere now: a rollback returns there, so that their old memory is free at once."""
+        self._before[layer_idx] = _snapshot(self.layers[layer_idx])
+
     @cached_property
     def _last(self) -> int:
         """DummyLayer (transformers 5.18) stands for layers that read another layer's cache and never store."""

@@ -22,6 +22,7 @@ class Owner(Protocol):
 
     def attached(self) -> bool: ...
     def finished(self, layer_idx: int) -> None: ...
+    def moved(self, layer_idx: int) -> None: ...
     def watch(self, layer_idx: int, spread: Callable[[], Tensor]) -> None: ...
     def rollback(self) -> None: ...
 
@@ -122,6 +123,8 @@ class PackedLayer(CacheLayerMixin):
     def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, route: str) -> Tensor:
         """Attention output for the handle's tokens, which are stored. Raises InputError for NaN and Inf."""
         store = self.opened_for(handle.k, handle.v)
+        if padding is None and route == "fused" and store.make_room(q):
+            self.cache.moved(self.index)
         out = store.step(q, handle.k, handle.v, scale, route) if padding is None else None
         if out is None:
             check_finite(self.index, self.slots.total, handle.k, handle.v)

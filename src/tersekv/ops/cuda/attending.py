@@ -100,6 +100,12 @@ def reads(pages: Pages) -> bool:
     return all(layout.order == ORDERS[side] and refusal(layout, recipe) is None for layout, recipe, side in sides)
 
 
+def integers(pages: Pages) -> bool:
+    """Whether the codes of both sides stand for 8-bit integers; if not, only `chunk.cu` reads them."""
+    recipes = pages.k_recipe, pages.v_recipe
+    return all(isinstance(recipe, Grid) and not listed(recipe.table) for recipe in recipes)
+
+
 @lru_cache
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
     """The first shape of which a ring of three slots fits, with as many slots as fit."""

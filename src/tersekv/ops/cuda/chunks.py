@@ -118,9 +118,7 @@ def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
     d = pages.k_layout.d
     hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
     fits = d == attending.LISTED_HEAD_DIM or (d == 256 and hopper)
-    few = (rows <= FEW_ROWS or not fits) and not (
-        listed(_grid(pages.k_recipe).table) or listed(_grid(pages.v_recipe).table)
-    )
+    few = (rows <= FEW_ROWS or not fits) and attending.integers(pages)
     return attending.attend_pages(q, pages, scale) if few else attend_chunk(q, pages, scale)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.ops.cuda import source
-from tersekv.ops.cuda.attending import LOG2E, attend_pages, reads
+from tersekv.ops.cuda.attending import LOG2E, attend_pages, integers, reads
 from tersekv.ops.cuda.compiler import kernel
 from tersekv.ops.cuda.encoding import EXACT, KINDS
 from tersekv.ops.pages import Pages
@@ -57,7 +57,7 @@ class StepTokens:
 
 def steps(q: Tensor, pages: Pages) -> bool:
     """Whether `step` can run: few new tokens in a precision that the kernels read, and pages that they read."""
-    return q.device.type == "cuda" and q.shape[2] <= MOST and q.dtype in KINDS and reads(pages)
+    return q.device.type == "cuda" and q.shape[2] <= MOST and q.dtype in KINDS and reads(pages) and integers(pages)
 
 
 def step(
