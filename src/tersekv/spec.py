@@ -98,11 +98,8 @@ class Spec:
         words = [k] if k == v else [f"k={k}", f"v={v}"]
         name = policy_name(self.policy)
         words += [f"policy={name}"] if name != "window" else []
-        words += [
-            f"{f.name}={option_text(x)}"
-            for f in fields(self.policy)
-            if (x := getattr(self.policy, f.name)) != f.default
-        ]
+        options = ((f, getattr(self.policy, f.name)) for f in fields(self.policy))
+        words += [f"{f.name}={option_text(x)}" for f, x in options if x != f.default]
         runs = ((bits, len(list(same))) for bits, same in groupby(self.layers))
         several = [f"{k}/{v}" + (f"*{count}" if count > 1 else "") for (k, v), count in runs]
         words += [f"layers={','.join(several)}"] if several else []

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import tersekv
 from tersekv.bench import gpu_dense, gpu_fill
 from tersekv.bench.gpu import PEERS, Cold, Within
+from tersekv.bench.gpu_dense import Captured, steps_of_dense
 from tersekv.bench.timing import paired, spread
 from tersekv.errors import InputError
 from tersekv.hf.cost import sequence_bytes
@@ -89,7 +89,7 @@ def _layer(plan: Plan, b: int, t: int, cold: Cold, device: str, stages: Stages) 
         kv = [torch.randn(2, b, h, t, d, device=device, dtype=torch.bfloat16) for _ in range(plan.layers)]
         last = torch.full((1,), t - 1, device=device)
         with sdpa_kernel(backend):
-            runs[f"dense bf16, {name}"] = Captured(partial(_dense_steps, new, kv, last, d**-0.5))
+            runs[f"dense bf16, {name}"] = Captured(partial(steps_of_dense, new, kv, last, d**-0.5))
     for name in plan.specs:
         runs[name] = _our_steps(plan, name, new, b, h, t, d, device)
     seconds = cold.turns(runs, plan.rounds)
@@ -102,27 +102,6 @@ def _layer(plan: Plan, b: int, t: int, cold: Cold, device: str, stages: Stages) 
     runs.clear()
     _free()
     return rows
-
-
-class Captured:
-    """A call as a graph. It keeps the call, and with it the memory that the graph works on."""
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run, self.graph = run, torch.cuda.CUDAGraph()
-        run()
-        with torch.cuda.graph(self.graph):
-            run()
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def _dense_steps(new: list[Tensor], layers: list[Tensor], last: Tensor, scale: float) -> None:
-    q, k, v = new
-    for keys, values in layers:
-        keys.index_copy_(2, last, k)
-        values.index_copy_(2, last, v)
-        sdpa(q, keys, values, scale=scale, enable_gqa=True)
 
 
 def _our_steps(

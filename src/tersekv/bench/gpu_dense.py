@@ -1,6 +1,6 @@
 """What packed caches are compared with on a GPU: 16-bit caches, and the fastest that attention to one can be."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -123,3 +123,24 @@ class DenseStep:
         return self.model(
             input_ids=self.ids, position_ids=self.positions, past_key_values=self.cache, logits_to_keep=1
         ).logits[:, -1]
+
+
+class Captured:
+    """A call as a graph. It keeps the call, and with it the memory that the graph works on."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run, self.graph = run, torch.cuda.CUDAGraph()
+        run()
+        with torch.cuda.graph(self.graph):
+            run()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def steps_of_dense(new: list[Tensor], layers: list[Tensor], last: Tensor, scale: float) -> None:
+    q, k, v = new
+    for keys, values in layers:
+        keys.index_copy_(2, last, k)
+        values.index_copy_(2, last, v)
+        sdpa(q, keys, values, scale=scale, enable_gqa=True)
