@@ -36,10 +36,7 @@ class DeviceTail:
         sink, recent, packed = tiers.dense["sink"], tiers.dense["recent"], tiers.packed["packed"]
         self.policy, self.block, self.was = policy, packed.block, packed.lengths
         self.more = ceil(room / self.block)  # blocks that every row can still take
-        self.packed, self.next = (
-            packed.lengths.copy(),
-            packed.lengths + recent.lengths,
-        )  # as on the device, always known
+        self.packed, self.next = packed.lengths.copy(), packed.lengths + recent.lengths  # as on the device
         self.start, self.offset = self.next.copy(), tiers.seen - self.next  # a token's position is its number + offset
         self.written = self.held_since = 0
         slots = ceil((policy.recent + self.block - 1 + n) / self.block) * self.block

@@ -61,9 +61,9 @@ class Arm:
     divergence: Divergence = field(default_factory=Divergence)
     seconds: float = 0.0
 
-    def room(self) -> int | None:
-        """Tokens that the next pass may have; None: any. See `PackedCache.room`."""
-        return self.cache.room() if isinstance(self.cache, PackedCache) else None
+    def pass_limit(self) -> int | None:
+        """Tokens that the next pass may have; None: any. See `PackedCache.pass_limit`."""
+        return self.cache.pass_limit() if isinstance(self.cache, PackedCache) else None
 
     def bytes(self) -> dict[str, Any]:
         report = cache_report("dense", self.cache.layers)
@@ -112,7 +112,7 @@ def forward(model: PreTrainedModel, ids: Tensor, arm: Arm) -> Float[Tensor, "n v
     began, parts, start = perf_counter(), [], 0
     with attached(model) if arm.spec else nullcontext():
         while start < ids.shape[1]:
-            stop = start + (arm.room() or ids.shape[1])
+            stop = start + (arm.pass_limit() or ids.shape[1])
             parts.append(model(input_ids=ids[:, start:stop], past_key_values=arm.cache).logits[0])
             start = stop
     logits = torch.cat(parts)

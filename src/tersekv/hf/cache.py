@@ -30,7 +30,7 @@ class PackedCache(Cache):
         self, config: PreTrainedConfig, spec: Spec, controller: Controller | None = None, room: int | None = None
     ) -> None:
         self.config, self.spec, self.controller = config.get_text_config(decoder=True), spec, controller
-        self.reserved = room
+        self.room = room
         self._spread: Tensor | None = None  # of the forward pass under way, for the controller
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
         self._warned = False
@@ -127,7 +127,7 @@ class PackedCache(Cache):
     def _packed(self) -> list[PackedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
 
-    def room(self) -> int | None:
+    def pass_limit(self) -> int | None:
         """How many tokens a forward pass may have, so that each sees what decoding one by one would show it.
 
         None: any, because prefill=packed sees to it. Only a controller, which decides after a pass, sets a bound.
@@ -193,6 +193,8 @@ class PackedCache(Cache):
     def _become(self, other: "PackedCache") -> None:
         for mine, its in zip(self.layers, other.layers, strict=True):
             _restore(mine, _snapshot(its))
+            if isinstance(mine, PackedLayer) and mine.store is not None:
+                mine.store.room = mine.room  # which a file does not know
 
     def copy(self, prefill: str | None = None) -> "PackedCache":
         """A second cache with the same tokens, which then goes its own way; pages are shared, so it costs nothing.
@@ -201,7 +203,7 @@ class PackedCache(Cache):
         """
         self._refuse_spilled()
         spec = self.spec if prefill is None else replace(self.spec, prefill=prefill)
-        fork = PackedCache(self.config, spec, self.controller, self.reserved)
+        fork = PackedCache(self.config, spec, self.controller, self.room)
         for mine, its in zip(self.layers, fork.layers, strict=True):
             if isinstance(mine, PackedLayer) and mine.store is not None:
                 mine.store.kept()

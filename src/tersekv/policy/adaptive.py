@@ -82,7 +82,7 @@ class Adaptive(Window):
             raise InputError(
                 f"{waiting.max()} tokens of the recent window have not been rated yet: the router looks at what the "
                 f"model says at the end of a forward pass. With prefill=packed give at most {self.room(tiers)} tokens "
-                "a pass, see `PackedCache.room`; and run the whole model, inside `with tersekv.attached(model):`."
+                "a pass, see `PackedCache.pass_limit`; and run the whole model, inside `with tersekv.attached(model):`."
             )
         filled = routed(self._filled(tiers, NotedTier.of(fresh, self._note(fresh, *asked))))
         return filled if self.learned else self._packed(filled)
