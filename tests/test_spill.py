@@ -118,7 +118,7 @@ def test_a_spill_that_fails_leaves_the_cache(llama: PreTrainedModel, tmp_path: P
         tersekv.cache(llama, "terse4").spill(tmp_path, llama)
     cache = filled(llama, "terse4")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheFileError, match="cannot be made"):
+    with pytest.raises(CacheFileError, match=r"cannot be written.*another folder"):
         cache.spill(tmp_path / "file", llama)
     assert cache.get_seq_length() == 300
     with tersekv.attached(llama):

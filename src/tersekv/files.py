@@ -11,12 +11,11 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, CacheFileError
+from tersekv.sealed import Sealed
 from tersekv.tiers import Evicted
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from tersekv.hf.cache import PackedCache
     from tersekv.hf.layer import PackedLayer
 
-FORMAT, VERSION = "tersekv-cache", 1
+FILE = Sealed("tersekv-cache", 1, ("spec", "model", "layers"), "Use a whole file that `save` wrote, or prefill again.")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -49,50 +48,13 @@ def save(cache: PackedCache, path: str | Path, model: PreTrainedModel) -> None:
         state = _packed_state(layer) if isinstance(layer, PackedLayer) else _dense_state(index, layer)
         notes[str(index)] = state[1]
         tensors |= {f"{index}.{name}": x.contiguous().cpu() for name, x in state[0].items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "spec": str(cache.spec),
-        "model": fingerprint(model),
-        "layers": json.dumps(notes),
-    }
-    metadata["sha256"] = _digest(tensors, metadata)
-    _write(_unshared(tensors), Path(path), metadata)
-
-
-def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise CacheFileError(
-            f"{path} cannot be written: {error}. The cache is unchanged; give a folder with room."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views copied, as safetensors wants it; what owns its memory, such as pages, is written from where it lies."""
-    owners: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, x in tensors.items():
-        memory = x.untyped_storage()
-        alone = memory.nbytes() == x.nbytes and memory.data_ptr() not in owners
-        own[name] = x if alone else x.clone()
-        owners.add(memory.data_ptr())
-    return own
+    about = {"spec": str(cache.spec), "model": fingerprint(model), "layers": json.dumps(notes)}
+    FILE.write(Path(path), tensors, about)
 
 
 def spill(cache: PackedCache, folder: str | Path, model: PreTrainedModel) -> Path:
     """As `save`, in a new file of the folder, which is made if need be. Returns its path."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheFileError(f"{folder} cannot be made: {error}. Give another folder to spill to.") from error
-    path = folder / f"{uuid4().hex}.safetensors"
+    path = Path(folder) / f"{uuid4().hex}.safetensors"
     save(cache, path, model)
     return path
 
@@ -102,7 +64,7 @@ def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
     from tersekv.hf.cache import cache as new_cache
     from tersekv.hf.layer import PackedLayer
 
-    tensors, metadata = _read(Path(path))
+    tensors, metadata = FILE.read(Path(path))
     if metadata["model"] != fingerprint(model):
         raise CacheFileError(f"{path} was saved with another model. Load the model it belongs to, or prefill again.")
     cache = new_cache(model, metadata["spec"])
@@ -163,34 +125,3 @@ def _dense_state(index: int, layer: Any) -> tuple[dict[str, Tensor], dict[str, A
         raise CacheError(f"Layer {index} is a {type(layer).__name__}, whose state cannot be saved.")
     notes = {"cumulative_length": layer.cumulative_length} if hasattr(layer, "cumulative_length") else {}
     return {"keys": layer.keys, "values": layer.values}, notes
-
-
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for key in ("format", "version", "spec", "model", "layers"):
-        digest.update(metadata[key].encode() + b"\0")
-    for name in sorted(tensors):
-        x = tensors[name]
-        digest.update(f"{name}{x.dtype}{tuple(x.shape)}".encode())
-        digest.update(x.contiguous().view(torch.uint8).numpy().data if x.numel() else b"")
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a whole, unchanged file of this format and version."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CacheFileError(f"{path} cannot be read as a cache: {error}. Is it complete?") from error
-    if metadata.get("format") != FORMAT:
-        raise CacheFileError(f"{path} is a safetensors file, but not a tersekv cache. Was it made by `save`?")
-    if metadata.get("version") != str(VERSION):
-        raise CacheFileError(
-            f"{path} has version {metadata.get('version')}; this tersekv reads {VERSION}. Prefill again."
-        )
-    missing = [key for key in ("spec", "model", "layers", "sha256") if key not in metadata]
-    if missing or _digest(tensors, metadata) != metadata["sha256"]:
-        raise CacheFileError(f"{path} is damaged: its content does not have the hash it was saved with. Prefill again.")
-    return tensors, metadata

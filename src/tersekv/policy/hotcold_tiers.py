@@ -22,9 +22,7 @@ class HotColdTiers(Tiers):
     """`parked` holds the pages of promoted blocks, whose tokens are attended to in the hot tier."""
 
     used: Tensor  # int32 (b, h, hot blocks), on the host: position of the last query that used the block
-    noticed: (
-        Tensor  # int32 (b, h, cold blocks), on the host: the same of cold blocks, since moves were last made; or -1
-    )
+    noticed: Tensor  # int32 (b, h, cold blocks), on the host: the same since moves were last made, or -1
     counts: Tensor  # int64 (b, h, len(COUNTED)), on the host: blocks, since the row began
 
     def all(self) -> dict[str, DenseTier | PackedTier]:
