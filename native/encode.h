@@ -7,7 +7,8 @@
 
 namespace tersekv {
 
-enum class Order : int { linear, simd_k, simd_v };
+enum class Order : int { linear, simd_k, simd_v, trellis_k, trellis_v };
+inline bool in_words(Order order) { return order >= Order::trellis_k; }
 enum class Method : int { table, uniform, dense };
 
 // Finds codes 1..255 of a positive number on the logarithmic scale: one bin of 1/32 octave holds at most one edge.

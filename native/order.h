@@ -70,10 +70,48 @@ INLINE uint64_t spread(uint64_t x) {
   return (x | x << (8 - BITS)) & 0x0101010101010101u * ((1u << BITS) - 1);
 }
 
+// The words of the trellis orders: 32 bits of a token's codes, the first one highest.
+INLINE int word_at(Order order, int words, int t, int k) {
+  return order == Order::trellis_k ? 4 * (BLOCK * k + t) : 16 * (t / 4 * words + k) + 4 * (t % 4);
+}
+
+template <int BITS>
+void pack_words(Order order, int d, const uint8_t* rows, uint8_t* out) {
+  for (int t = 0; t < BLOCK; t++) {
+    uint64_t bits = 0;
+    int held = 0, k = 0;
+    for (int c = 0; c < d; c++) {
+      bits = bits << BITS | rows[t * d + c];
+      if ((held += BITS) < 32) continue;
+      held -= 32;
+      const uint32_t word = uint32_t(bits >> held);
+      std::memcpy(out + word_at(order, d * BITS / 32, t, k++), &word, 4);
+    }
+  }
+}
+
+template <int BITS>
+void unpack_words(Order order, int d, const uint8_t* codes, uint8_t* rows) {
+  for (int t = 0; t < BLOCK; t++) {
+    uint64_t bits = 0;
+    for (int c = 0, held = 0, k = 0; c < d; c++) {
+      if (held < BITS) {
+        uint32_t word;
+        std::memcpy(&word, codes + word_at(order, d * BITS / 32, t, k++), 4);
+        bits = bits << 32 | word, held += 32;
+      }
+      held -= BITS;
+      rows[t * d + c] = uint8_t(bits >> held & ((1 << BITS) - 1));
+    }
+  }
+}
+
 template <int BITS>
 void pack_codes(Order order, int d, const uint8_t* bytes, uint8_t* out) {
   const int units = BLOCK * d / 512;
-  if (order != Order::linear) {
+  if (in_words(order)) {
+    pack_words<BITS>(order, d, bytes, out);
+  } else if (order != Order::linear) {
     for (int u = 0; u < units; u++) pack_unit<BITS>(bytes + 512 * u, out + 64 * BITS * u);
   } else if constexpr (BITS == 8) {
     std::memcpy(out, bytes, size_t(BLOCK) * d);
@@ -90,7 +128,9 @@ void pack_codes(Order order, int d, const uint8_t* bytes, uint8_t* out) {
 template <int BITS>
 void unpack_codes(Order order, int d, const uint8_t* codes, uint8_t* bytes) {
   const int units = BLOCK * d / 512;
-  if (order != Order::linear) {
+  if (in_words(order)) {
+    unpack_words<BITS>(order, d, codes, bytes);
+  } else if (order != Order::linear) {
     for (int u = 0; u < units; u++) unpack_unit<BITS>(codes + 64 * BITS * u, bytes + 512 * u);
   } else if constexpr (BITS == 8) {
     std::memcpy(bytes, codes, size_t(BLOCK) * d);
@@ -107,7 +147,7 @@ void unpack_codes(Order order, int d, const uint8_t* codes, uint8_t* bytes) {
 // Calls move(byte in the order's units, byte in the rows, how many) for all codes of a block.
 template <class Move>
 INLINE void each_run(Order order, int d, Move move) {
-  if (order == Order::linear) return move(0, 0, BLOCK * d);
+  if (order == Order::linear || in_words(order)) return move(0, 0, BLOCK * d);
   if (order == Order::simd_k) {
     for (int t = 0; t < BLOCK; t++)
       for (int c = 0; c < d; c += 4) move(64 * c + 4 * t, t * d + c, 4);

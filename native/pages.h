@@ -17,19 +17,21 @@ struct Plane {
   explicit operator bool() const { return kind != Kind::none; }
 };
 
-// How the keys or the values of a block become numbers: the `grid` recipe, or `dense` if `bits` is 0.
+// How the keys or the values of a block become numbers: the `grid` or `trellis` recipe, or `dense` if `bits` is 0.
 struct Side {
   int bits = 0;                  // of a code; 0: plane `values` holds the numbers themselves
   int d = 0;                     // head dim
   int start = 0, bytes = 0;      // of this side in the page
-  int codes = 0;                 // offset of the codes plane, in the simd order of its side
+  int codes = 0;                 // offset of the codes plane, in the simd or trellis order of its side
   Plane values;                  // dense only
   Plane scale, zero;             // one number for each token
   Plane channel_scale, channel_zero;  // one number for each channel
+  bool trellis = false;          // the table is looked up by the last 8 bits of a token's codes, not by one of them
   float table[256] = {};         // what a code stands for
   float step = 0, low = 0;       // table[i] is near low + step * levels[i]
   // The table on 0..127, by indices of 6 bits in which a code may lie at several places: see `code_at`.
   uint8_t levels[4][64] = {};
+  int8_t steps[256] = {};        // trellis: the table in units of `step`, exactly
 };
 
 // Which code the index of a look-up names, in table `which`: bits 0.., 4 / bits places further up in each next table.

@@ -2,6 +2,7 @@
 #pragma once
 #include "dense.h"
 #include "softmax.h"
+#include "trellis.h"
 
 namespace tersekv::TERSEKV_ISA {
 
@@ -24,6 +25,13 @@ constexpr ScoreDense SCORE_DENSE[3][STRIP] = DENSE(score_dense);
 constexpr MixDense MIX_DENSE[3][STRIP] = DENSE(mix_dense);
 constexpr void (*LOOK_UP[4])(const uint8_t*, const uint8_t*, int, uint8_t*) = {
     look_up_block<1>, look_up_block<2>, look_up_block<3>, look_up_block<4>};
+// What a trellis becomes, and its products: as 8-bit codes.
+constexpr ScoreInt8 SCORE_TRELLIS[STRIP] = {score_int8<8, 1, true>, score_int8<8, 2, true>, score_int8<8, 3, true>,
+                                            score_int8<8, 4, true>};
+constexpr MixInt8 MIX_TRELLIS[STRIP] = {mix_int8<8, 1, true>, mix_int8<8, 2, true>, mix_int8<8, 3, true>, mix_int8<8, 4, true>};
+constexpr void (*LOOK_UP_TRELLIS[2][4])(const int8_t*, bool, const uint8_t*, int, uint8_t*) = {
+    {look_up_trellis<1, Windows>, look_up_trellis<2, Windows>, look_up_trellis<3, Windows>, look_up_trellis<4, Windows>},
+    {look_up_trellis<1, Steps>, look_up_trellis<2, Steps>, look_up_trellis<3, Steps>, look_up_trellis<4, Steps>}};
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
              const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
@@ -114,7 +122,7 @@ class Run {
       q_.int8[r * d_ + c] = int8_t(x), total += x;
     }
     q_.gain[r] = step * job_.k->step;
-    q_.shift[r] = step * job_.k->low * float(total);
+    q_.shift[r] = step * low_of(*job_.k) * float(total);
   }
 
   // One step of the running softmax. Keys with channel scales change the query from block to block, and looked-up
@@ -200,8 +208,8 @@ class Run {
       read_plane(block.v, vs.channel_scale, d_, log8_, 1, block.v_channel_scale);
       read_plane(block.v, vs.channel_zero, d_, log8_, 0, block.v_channel_zero);
     }
-    if (shared_ && k_int8_) LOOK_UP[ks.bits - 1](ks.levels[0], block.k + ks.codes, d_ / 8, block.k_levels);
-    if (shared_ && v_int8_) LOOK_UP[vs.bits - 1](vs.levels[0], block.v + vs.codes, d_ / 8, block.v_levels);
+    if (shared_ && k_int8_ && !ks.trellis) LOOK_UP[ks.bits - 1](ks.levels[0], block.k + ks.codes, d_ / 8, block.k_levels);
+    if (shared_ && v_int8_ && !vs.trellis) LOOK_UP[vs.bits - 1](vs.levels[0], block.v + vs.codes, d_ / 8, block.v_levels);
   }
 
   // Products of four queries with the block's channel zeros. Rows beyond the last one are multiplied in vain.
@@ -217,8 +225,21 @@ class Run {
     return job_.tokens.table ? d_ * (side.values.kind == Kind::fp32 ? 4 : 2) : stride;
   }
 
-  void score(const Block& block, float* scores, int r, int rows) {
+  // A block of a trellis as bytes, for the first strip of rows; the others find it. A single strip needs it once, so all
+  // blocks use the same memory, which stays in the first-level cache.
+  const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r) {
+    uint8_t* bytes = job_.rows <= Isa::STRIP ? of_all : of_block;
+    if (r == 0) LOOK_UP_TRELLIS[int8][s.bits - 1](s.steps, &s == job_.k, codes + s.codes, d_, bytes);
+    return bytes;
+  }
+
+  void score(Block& block, float* scores, int r, int rows) {
     const Side& s = *job_.k;
+    if (s.trellis) {
+      const uint8_t* bytes = looked_up(s, block.k, block.k_levels, blocks_[0].k_levels, k_int8_, r);
+      if (k_int8_) return SCORE_TRELLIS[rows - 1](s.levels[0], bytes, ahead(block, 0, r), d_, q_.int8 + r * d_, scores);
+      return SCORE_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 0, r), d_, q_.folded + r * d_, scores);
+    }
     const float* q = q_.folded + r * d_;
     const int8_t* int8 = q_.int8 + r * d_;
     if (!s.bits) {
@@ -233,13 +254,17 @@ class Run {
     }
   }
 
-  void mix(const Block& block, int i, int r, int rows) {
+  void mix(Block& block, int i, int r, int rows) {
     const Side& s = *job_.v;
     const bool by_channel = s.channel_scale || s.channel_zero;
     float* out = by_channel ? strip_.mixed : out_.out + r * d_;
     const float *later = i ? strip_.one : strip_.fade, *fade = by_channel ? strip_.nothing : later;
     const float *gain = strip_.gain[i], *weights = strip_.weights[i];
-    if (!s.bits) {
+    if (s.trellis) {
+      const uint8_t* bytes = looked_up(s, block.v, block.v_levels, blocks_[0].v_levels, v_int8_, r);
+      if (v_int8_) MIX_TRELLIS[rows - 1](s.levels[0], bytes, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
+      else MIX_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 2, r), d_, weights, fade, gain, out);
+    } else if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
       MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, fade, gain, out);

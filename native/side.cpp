@@ -49,6 +49,17 @@ void set_levels(Side& side, const std::vector<float>& table) {
     }
 }
 
+// A trellis' entries as bytes, which they are: its table has steps of 1/32.
+void set_steps(Side& side, const std::vector<float>& table) {
+  side.trellis = true, side.step = 1.f / 32;
+  for (size_t i = 0; i < table.size(); i++) {
+    const float steps = 32 * table[i];
+    require(std::fabs(steps) <= 127 && steps == std::round(steps), "Entry ", i, " of a trellis is ", table[i],
+            ". Allowed: multiples of 1/32 up to 127/32 in magnitude.");
+    side.table[i] = table[i], side.steps[i] = int8_t(steps);
+  }
+}
+
 }  // namespace
 
 Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
@@ -57,15 +68,18 @@ Side make_side(int bits, int d, int start, int bytes, int codes, const std::vect
   require(known, "bits=", bits, ". Allowed: 1, 2, 3, 4, 8, or 0 for dense values.");
   require(d >= 8 && d <= MAX_HEAD_DIM && d % (bits ? 16 : 8) == 0, "head_dim ", d, ". Allowed: a multiple of ",
           bits ? 16 : 8, " up to ", MAX_HEAD_DIM, ".");
-  require(bits == 0 || int(table.size()) == 1 << bits, "A table of ", table.size(), " entries for codes of ", bits,
-          " bits. It needs one for each code, ", 1 << bits, ".");
+  const bool trellis = bits && bits < 8 && table.size() == 256;
+  require(bits == 0 || trellis || int(table.size()) == 1 << bits, "A table of ", table.size(), " entries for codes of ",
+          bits, " bits. It needs one for each code, ", 1 << bits, ", or 256 for a trellis.");
+  require(!trellis || d % 32 == 0, "A trellis at head_dim ", d, ". Allowed: multiples of 32.");
   require(bits == 0 || (codes >= 0 && codes + BLOCK * d * bits / 8 <= bytes), "Plane codes at byte ", codes,
           " ends beyond the ", bytes, " bytes of its block.");
   Side side;
   side.bits = bits, side.d = d, side.start = start, side.bytes = bytes, side.codes = codes;
   for (const PlaneArgs& plane : planes) set_plane(side, plane);
   require(bits || side.values, "A side without codes needs the plane values.");
-  if (bits) set_levels(side, table);
+  if (trellis) set_steps(side, table);
+  else if (bits) set_levels(side, table);
   return side;
 }
 

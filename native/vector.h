@@ -13,6 +13,7 @@ struct Vector {
   static constexpr int WIDTH = TERSEKV_WIDTH, LANES = WIDTH / 4;
   typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
   typedef uint16_t Pairs __attribute__((vector_size(WIDTH)));
+  typedef uint32_t Words __attribute__((vector_size(WIDTH)));
   typedef int32_t Ints __attribute__((vector_size(WIDTH)));
   typedef float Floats __attribute__((vector_size(WIDTH)));
   typedef float Quad __attribute__((vector_size(16)));  // one number for each row of a strip
@@ -130,6 +131,39 @@ struct Vector {
   static INLINE void store_int8(int8_t* p, Floats x) {
     for (int i = 0; i < LANES; i++) p[i] = int8_t(((Ints)x)[i]);
   }
+
+  // What a trellis needs. The 32 bits that end `after` bits before the end of `now`, which follows `before`; 0..31.
+  static INLINE Ints shifted_in(Ints now, Ints before, Ints after) {
+    return (Ints)((Words)now >> (Words)after | (Words)before << 1 << (31 - (Words)after));
+  }
+  // Byte i of a lane: the eight bits that end (3 - i) * BITS bits before the end of the word.
+  template <int BITS>
+  static INLINE Bytes windows(Ints x) {
+    const Words last = (Words)x;
+    return (Bytes)((last >> 3 * BITS & 0xff) | (last >> 2 * BITS & 0xff) << 8 | (last >> BITS & 0xff) << 16 | last << 24);
+  }
+  // 16 bytes: four by four, rows become columns.
+  static INLINE Bytes turned(Bytes x) {
+    Bytes out;
+    for (int i = 0; i < WIDTH; i++) out[i] = x[i / 16 * 16 + i % 4 * 4 + i / 4 % 4];
+    return out;
+  }
+  // 128-bit lanes: those below `split` from `first`, the others from `second`.
+  static INLINE Ints lanes(const uint8_t* first, const uint8_t* second, int split) {
+    Ints out;
+    for (int i = 0; i < WIDTH / 16; i++) std::memcpy(reinterpret_cast<uint8_t*>(&out) + 16 * i, i < split ? first : second, 16);
+    return out;
+  }
+  // A table of 256 bytes.
+  struct Bytes256 {
+    const uint8_t* entries;
+    explicit Bytes256(const uint8_t* table) : entries(table) {}
+    INLINE Bytes operator()(Bytes index) const {
+      Bytes out;
+      for (int i = 0; i < WIDTH; i++) out[i] = entries[index[i]];
+      return out;
+    }
+  };
 
   // What encoders need. Lane i becomes x[i] + x[i ^ S], or x[i ^ S] - x[i] where bit S of i is set; S = 1, 2, 4, ...
   static INLINE Floats hadamard(Floats x) {

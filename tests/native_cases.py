@@ -1,7 +1,7 @@
 """Pages of random codes for every form of the recipes, what attention over them is, and how far kernels may be off.
 
 No codec has all planes at once, so sides are made here: text such as "3 normal scale:log8 channel_zero:int8", or
-"dense fp16". A plus sign, "scale:+fp16": no negative ones.
+"2 trellis scale:log8" or "dense fp16". A plus sign, "scale:+fp16": no negative ones.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from torch import Tensor
 from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane
 from tersekv.ops import Pages
 from tersekv.ops.planes import read, read_codes, to_bytes
+from tersekv.ops import native
 from tersekv.ops.recipe import Dense, Grid
+from tersekv.ops.trellis import STATES, Trellis, walk
 from tersekv.packed import Packed, repack
 
 
@@ -23,11 +25,11 @@ class Side:
     """Pages of one side in the linear order."""
 
     packed: Packed
-    recipe: Dense | Grid
+    recipe: Dense | Grid | Trellis
 
     @property
     def int8(self) -> bool:
-        return isinstance(self.recipe, Grid) and len(self.recipe.table) < 256
+        return isinstance(self.recipe, Trellis) or (isinstance(self.recipe, Grid) and len(self.recipe.table) < 256)
 
     def numbers(self, name: str, otherwise: float) -> Tensor:
         values = read(self.packed, name)
@@ -40,6 +42,9 @@ class Side:
             assert values is not None
             return values.double(), values.double()
         table = np.array(self.recipe.table, dtype=np.float32)
+        if isinstance(self.recipe, Trellis):  # its entries are the bytes that are multiplied
+            t = torch.from_numpy(table).double()[walk(read_codes(self.packed), self.recipe.bits)]
+            return t, t
         step = (table.max() - table.min()) / np.float32(127)
         level = np.rint((table - table.min()) / step)
         near = np.float64(table.min()) + np.float64(step) * level
@@ -67,7 +72,9 @@ def _content(plane: Plane, pages: int, positive: bool) -> Tensor:
     return to_bytes(torch.randn(shape) / 2, plane.kind)
 
 
-def _recipe(form: str, bits: int) -> Grid:
+def _recipe(form: str, bits: int) -> Grid | Trellis:
+    if form == "trellis":
+        return Trellis(tuple((torch.randint(-127, 128, (STATES,)) / 32).tolist()), bits)
     if form == "uniform":
         return Grid(tuple(i - 2.0 ** (bits - 1) for i in range(2**bits)))
     return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)))
@@ -77,7 +84,7 @@ def make_side(text: str, d: int, pages: int) -> Side:
     first, form, *rest = text.split()
     if first == "dense":
         planes = [Plane("values", BLOCK, d, KIND_BITS[form], form)]
-        recipe: Dense | Grid = Dense()
+        recipe: Dense | Grid | Trellis = Dense()
     else:
         planes = [Plane("codes", BLOCK, d, int(first)), *(_plane(word, d) for word in rest)]
         planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
@@ -113,9 +120,10 @@ def make_case(k: str, v: str, d: int, g: int, n: int, lengths: list[list[int]]) 
     for side in sides:
         _poison(side.packed, left)
     pools = []
-    for orders in (("linear", "linear"), ("simd_k", "simd_v")):
+    for kernels in (False, True):
         stored = [
-            repack(s.packed, o if isinstance(s.recipe, Grid) else "linear") for s, o in zip(sides, orders, strict=True)
+            repack(s.packed, native.order(s.packed.layout, s.recipe, side) if kernels else "linear")
+            for s, side in zip(sides, "kv", strict=True)
         ]
         pool = torch.full((total + 3, sum(p.layout.nbytes for p in stored)), 0xFF, dtype=torch.uint8)
         pool[place] = torch.cat([p.data for p in stored], -1)

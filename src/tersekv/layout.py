@@ -85,6 +85,24 @@ def simd_v(plane: Plane) -> np.ndarray:
     return _simd(plane, lambda u, f, p: 32 * (u % 2) + 4 * f + p % 4, lambda u, f, p: 16 * (u // 2) + p // 4 + 0 * f)
 
 
+def _words(plane: Plane, word: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """Each token's codes as one stream, the highest bit first, cut into words of 32 bits, of which the last is lowest."""
+    place = 32 * word + 31 - np.arange(32)
+    channel, bit = place // plane.bits, plane.bits - 1 - place % plane.bits
+    return ((token * plane.cols + channel) * plane.bits + bit).ravel()
+
+
+def trellis_k(plane: Plane) -> np.ndarray:
+    """Word after word of 64 tokens: a 32-bit lane holds the last 8 bits before each of four channels of a token."""
+    return _words(plane, np.arange(plane.cols * plane.bits // 32)[:, None, None], np.arange(BLOCK)[:, None])
+
+
+def trellis_v(plane: Plane) -> np.ndarray:
+    """Four tokens after four tokens, of each of which 128 bits hold a word: all channels of four tokens are near."""
+    words = np.arange(plane.cols * plane.bits // 32)[:, None, None]
+    return _words(plane, words, np.arange(BLOCK).reshape(-1, 1, 4, 1))
+
+
 def _mma_fields(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each bit of a lane's `4 * bits` words: register 0..31 after unpacking, byte in it, and bit of the code.
 
@@ -140,8 +158,8 @@ def mma_v(plane: Plane) -> np.ndarray:
     )
 
 
-ORDERS: dict[str, Order] = {"linear": linear, "simd_k": simd_k, "simd_v": simd_v, "mma_k": mma_k, "mma_v": mma_v}
-UNIT = {"simd": 16, "mma": 64}  # channels that an order holds together
+ORDERS = {order.__name__: order for order in (linear, simd_k, simd_v, trellis_k, trellis_v, mma_k, mma_v)}
+UNIT = {"simd": 16, "trellis": 32, "mma": 64}  # channels that an order holds together
 
 
 def fits(plane: Plane, order: str) -> bool:

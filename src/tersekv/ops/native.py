@@ -12,6 +12,7 @@ from tersekv.errors import InputError
 from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Dense, Grid, Recipe
+from tersekv.ops.trellis import STATES, Trellis
 
 if find_spec("tersekv._native") is None:  # installed without a compiler
     _native: Any = None
@@ -20,7 +21,7 @@ else:
 
 MAX_HEAD_DIM = 512  # of the scratch memory in `native/kernels.h`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ORDERS = {"k": "simd_k", "v": "simd_v"}
+ORDERS = ("simd_k", "simd_v", "trellis_k", "trellis_v")  # that C++ knows, beside the linear one
 TAKEN = (
     "Allowed, in memory: q (b, hq, n, d); pool (pages, bytes) uint8; table (b, h, blocks) int32; lengths (b, h) int64; "
     "padding (b) int64; k and v (b, h, t, d) in fp32, fp16 or bf16. Convert them with .to()."
@@ -45,8 +46,13 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):
         return None
-    if recipe.name != "grid":
-        return f"recipe {recipe.name}: they read dense and grid."
+    trellis = isinstance(recipe, Trellis)
+    if recipe.name != "grid" and not trellis:
+        return f"recipe {recipe.name}: they read dense, grid and trellis."
+    if trellis and (len(recipe.table) != STATES or any(abs(x) > 127 / 32 or x % (1 / 32) for x in recipe.table)):
+        return f"a trellis of {len(recipe.table)} entries: they read {STATES}, multiples of 1/32 up to 127/32."
+    if trellis and not layout.takes("trellis_k"):
+        return f"a trellis at head dim {layout.d}: they read multiples of 32."
     if not layout.takes("simd_k"):
         return f"{layout.code_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
     if layout.plane("codes").cols != layout.d:
@@ -60,8 +66,13 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
 
 def order(layout: Layout, recipe: Recipe, side: str) -> str:
     """The storage order in which a side's codes are kept on a processor."""
-    dense = isinstance(recipe, Dense)
-    return "linear" if dense or missing() or refusal(layout, recipe) else ORDERS[side]
+    if missing() or refusal(layout, recipe):
+        return "linear"
+    return _order(recipe, side)
+
+
+def _order(recipe: Recipe, side: str) -> str:
+    return "linear" if isinstance(recipe, Dense) else f"{'trellis' if isinstance(recipe, Trellis) else 'simd'}_{side}"
 
 
 def reads(pages: Pages) -> bool:
@@ -70,7 +81,7 @@ def reads(pages: Pages) -> bool:
         return False
     sides = ((pages.k_layout, pages.k_recipe, "k"), (pages.v_layout, pages.v_recipe, "v"))
     return all(
-        refusal(layout, recipe) is None and (isinstance(recipe, Dense) or layout.order == ORDERS[side])
+        refusal(layout, recipe) is None and layout.order == _order(recipe, side)
         for layout, recipe, side in sides
     )
 
@@ -81,7 +92,7 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(recipe, Dense):
         return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
-    assert isinstance(recipe, Grid)  # for the type checker: `refusal` let it through
+    assert isinstance(recipe, Grid | Trellis)  # for the type checker: `refusal` let it through
     codes = layout.offsets["codes"]
     return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
 
