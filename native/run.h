@@ -25,13 +25,10 @@ constexpr ScoreDense SCORE_DENSE[3][STRIP] = DENSE(score_dense);
 constexpr MixDense MIX_DENSE[3][STRIP] = DENSE(mix_dense);
 constexpr void (*LOOK_UP[4])(const uint8_t*, const uint8_t*, int, uint8_t*) = {
     look_up_block<1>, look_up_block<2>, look_up_block<3>, look_up_block<4>};
-// What a trellis becomes, and its products: as 8-bit codes.
-constexpr ScoreInt8 SCORE_TRELLIS[STRIP] = {score_int8<8, 1, true>, score_int8<8, 2, true>, score_int8<8, 3, true>,
-                                            score_int8<8, 4, true>};
-constexpr MixInt8 MIX_TRELLIS[STRIP] = {mix_int8<8, 1, true>, mix_int8<8, 2, true>, mix_int8<8, 3, true>, mix_int8<8, 4, true>};
-constexpr void (*LOOK_UP_TRELLIS[2][4])(const int8_t*, bool, const uint8_t*, int, uint8_t*) = {
+// A trellis as levels, or as codes of 8 bits: its windows.
+constexpr void (*LOOK_UP_TRELLIS[2][4])(const uint8_t*, bool, const uint8_t*, int, uint8_t*) = {
     {look_up_trellis<1, Windows>, look_up_trellis<2, Windows>, look_up_trellis<3, Windows>, look_up_trellis<4, Windows>},
-    {look_up_trellis<1, Steps>, look_up_trellis<2, Steps>, look_up_trellis<3, Steps>, look_up_trellis<4, Steps>}};
+    {look_up_trellis<1, SignedLevels>, look_up_trellis<2, SignedLevels>, look_up_trellis<3, SignedLevels>, look_up_trellis<4, SignedLevels>}};
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
              const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
@@ -122,7 +119,7 @@ class Run {
       q_.int8[r * d_ + c] = int8_t(x), total += x;
     }
     q_.gain[r] = step * job_.k->step;
-    q_.shift[r] = step * low_of(*job_.k) * float(total);
+    q_.shift[r] = step * job_.k->low * float(total);
   }
 
   // One step of the running softmax. Keys with channel scales change the query from block to block, and looked-up
@@ -229,7 +226,7 @@ class Run {
   // blocks use the same memory, which stays in the first-level cache.
   const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r) {
     uint8_t* bytes = job_.rows <= Isa::STRIP ? of_all : of_block;
-    if (r == 0) LOOK_UP_TRELLIS[int8][s.bits - 1](s.steps, &s == job_.k, codes + s.codes, d_, bytes);
+    if (r == 0) LOOK_UP_TRELLIS[int8][s.bits - 1](s.levels[0], &s == job_.k, codes + s.codes, d_, bytes);
     return bytes;
   }
 
@@ -237,7 +234,7 @@ class Run {
     const Side& s = *job_.k;
     if (s.trellis) {
       const uint8_t* bytes = looked_up(s, block.k, block.k_levels, blocks_[0].k_levels, k_int8_, r);
-      if (k_int8_) return SCORE_TRELLIS[rows - 1](s.levels[0], bytes, ahead(block, 0, r), d_, q_.int8 + r * d_, scores);
+      if (k_int8_) return SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, ahead(block, 0, r), d_, q_.int8 + r * d_, scores);
       return SCORE_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 0, r), d_, q_.folded + r * d_, scores);
     }
     const float* q = q_.folded + r * d_;
@@ -262,7 +259,7 @@ class Run {
     const float *gain = strip_.gain[i], *weights = strip_.weights[i];
     if (s.trellis) {
       const uint8_t* bytes = looked_up(s, block.v, block.v_levels, blocks_[0].v_levels, v_int8_, r);
-      if (v_int8_) MIX_TRELLIS[rows - 1](s.levels[0], bytes, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
+      if (v_int8_) MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
       else MIX_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 2, r), d_, weights, fade, gain, out);
     } else if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;

@@ -49,36 +49,40 @@ void set_levels(Side& side, const std::vector<float>& table) {
     }
 }
 
-// A trellis' entries as bytes, which they are: its table has steps of 1/32.
-void set_steps(Side& side, const std::vector<float>& table) {
-  side.trellis = true, side.step = 1.f / 32;
-  for (size_t i = 0; i < table.size(); i++) {
-    const float steps = 32 * table[i];
-    require(std::fabs(steps) <= 127 && steps == std::round(steps), "Entry ", i, " of a trellis is ", table[i],
-            ". Allowed: multiples of 1/32 up to 127/32 in magnitude.");
-    side.table[i] = table[i], side.steps[i] = int8_t(steps);
+// A trellis' entries are levels already: odd multiples -127..127 of half a step, the second half of them the first one negated.
+void set_trellis(Side& side, const std::vector<float>& table, float half) {
+  side.trellis = true, side.step = 2 * half, side.low = -127 * half;
+  for (int i = 0; i < 256; i++) {
+    const float odd = table[i] / half;
+    const bool fits = std::fabs(odd) <= 127 && std::fabs(std::remainder(odd, 2.f)) == 1 && table[i] == -table[i ^ 128];
+    require(fits, "Entry ", i, " of a trellis is ", table[i], ". Allowed: odd multiples of ", half,
+            " up to 127 in magnitude, in the second half those of the first one negated.");
+    side.table[i] = table[i];
+    if (i < 128) side.levels[i / 64][i % 64] = uint8_t((127 + int(odd)) / 2);
   }
 }
 
 }  // namespace
 
 Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
-               const std::vector<float>& table) {
+               const std::vector<float>& table, float half) {
   const bool known = bits == 0 || bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8;
   require(known, "bits=", bits, ". Allowed: 1, 2, 3, 4, 8, or 0 for dense values.");
   require(d >= 8 && d <= MAX_HEAD_DIM && d % (bits ? 16 : 8) == 0, "head_dim ", d, ". Allowed: a multiple of ",
           bits ? 16 : 8, " up to ", MAX_HEAD_DIM, ".");
-  const bool trellis = bits && bits < 8 && table.size() == 256;
-  require(bits == 0 || trellis || int(table.size()) == 1 << bits, "A table of ", table.size(), " entries for codes of ",
-          bits, " bits. It needs one for each code, ", 1 << bits, ", or 256 for a trellis.");
-  require(!trellis || d % 32 == 0, "A trellis at head_dim ", d, ". Allowed: multiples of 32.");
+  const bool trellis = half > 0;
+  const int entries = trellis ? 256 : 1 << bits;
+  require(bits == 0 || int(table.size()) == entries, "A table of ", table.size(), " entries for codes of ", bits,
+          " bits. It needs ", entries, ": one for each code, or for each state of a trellis.");
+  require(!trellis || (bits && bits < 8 && d % 32 == 0), "A trellis of ", bits, " bits at head_dim ", d,
+          ". Allowed: 1 to 4 bits, multiples of 32.");
   require(bits == 0 || (codes >= 0 && codes + BLOCK * d * bits / 8 <= bytes), "Plane codes at byte ", codes,
           " ends beyond the ", bytes, " bytes of its block.");
   Side side;
   side.bits = bits, side.d = d, side.start = start, side.bytes = bytes, side.codes = codes;
   for (const PlaneArgs& plane : planes) set_plane(side, plane);
   require(bits || side.values, "A side without codes needs the plane values.");
-  if (trellis) set_steps(side, table);
+  if (trellis) set_trellis(side, table, half);
   else if (bits) set_levels(side, table);
   return side;
 }

@@ -101,7 +101,7 @@ struct Softmax {
           total += x - 12582912.f;
           Isa::store_int8(strip.int8[b] + BLOCK * i + j, x);
         }
-        common[b][i] += total * (step[i] * low_of(*job.v));
+        common[b][i] += total * (step[i] * job.v->low);
       }
     }
   }

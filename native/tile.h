@@ -5,7 +5,6 @@
 // 4 (f / 4)..; values: tokens 4 f... Byte p belongs to lane p / 4 (a token of keys, a channel of values), and the four
 // bytes of a lane are summed by one dot product, so neither side needs a horizontal sum.
 #pragma once
-#include "pages.h"
 #include "vector.h"
 
 namespace tersekv::TERSEKV_ISA {
@@ -91,17 +90,8 @@ struct Ahead {
   }
 };
 
-// Levels 0..127, or any bytes: signed ones, or raised by LEVEL_ZERO.
-template <bool ANY_BYTES>
-INLINE Ints dot(Ints sum, Bytes level, int32_t four) {
-  return ANY_BYTES ? Isa::dot_bytes(sum, level, four) : Isa::dot(sum, level, four);
-}
-
-// What level 0 stands for.
-INLINE float low_of(const Side& side) { return side.trellis ? -side.step * Isa::LEVEL_ZERO : side.low; }
-
 // dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly.
-template <int BITS, int R, bool ANY_BYTES = false>
+template <int BITS, int R>
 void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* q, float* dots) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
@@ -114,7 +104,7 @@ void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d,
         for (int tile = 0; tile < 4; tile++) level[tile] = look_up(unit, 4 * half + tile);
         for (int r = 0; r < R; r++) {
           const int32_t queries = four(q + r * d + 8 * u + 4 * half);
-          for (int tile = 0; tile < 4; tile++) sum[tile][r] = dot<ANY_BYTES>(sum[tile][r], level[tile], queries);
+          for (int tile = 0; tile < 4; tile++) sum[tile][r] = Isa::dot(sum[tile][r], level[tile], queries);
         }
       }
     }
@@ -125,7 +115,7 @@ void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d,
 }
 
 // TILES channel tiles at once, which share the loads of their weights.
-template <int BITS, int R, int TILES, bool ANY_BYTES>
+template <int BITS, int R, int TILES>
 INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int tile, int part, Ahead ahead, int d,
                       const int8_t* w, const float* fade, const float* gain, float* out) {
   Ints sum[TILES][R] = {};
@@ -138,7 +128,7 @@ INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int til
       const Bytes level[2] = {look_up(one, f), look_up(other, f)};
       for (int r = 0; r < R; r++) {
         const int32_t weights = four(w + BLOCK * r + 32 * half + 4 * f);
-        for (int t = 0; t < TILES; t++) sum[t][r] = dot<ANY_BYTES>(sum[t][r], level[t], weights);
+        for (int t = 0; t < TILES; t++) sum[t][r] = Isa::dot(sum[t][r], level[t], weights);
       }
     }
   }
@@ -148,15 +138,15 @@ INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int til
 }
 
 // out[r][c] = out[r][c] * fade[r] + gain[r] * (sum over tokens of w[r][j] * level[j][c], exactly).
-template <int BITS, int R, bool ANY_BYTES = false>
+template <int BITS, int R>
 void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* w, const float* fade,
               const float* gain, float* out) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
     int tile = 0;
     for (; tile + Isa::TILES <= d / 16; tile += Isa::TILES)
-      mix_tiles<BITS, R, Isa::TILES, ANY_BYTES>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
-    for (; tile < d / 16; tile++) mix_tiles<BITS, R, 1, ANY_BYTES>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
+      mix_tiles<BITS, R, Isa::TILES>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
+    for (; tile < d / 16; tile++) mix_tiles<BITS, R, 1>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
   }
 }
 

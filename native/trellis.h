@@ -52,29 +52,29 @@ void look_up_values(const LookUp& look_up, const uint8_t* codes, int d, uint8_t*
       const uint8_t *now = codes + stride * four + 16 * first.word, *later = codes + stride * four + 16 * last.word;
       const Isa::Ints words = Isa::lanes(now, later, split);
       const Isa::Ints before = Isa::lanes(first.word ? now - 16 : zeros, last.word ? later - 16 : zeros, split);
-      const Isa::Bytes window = Isa::turned(Isa::windows<BITS>(Isa::shifted_in(words, before, left)));
+      const Isa::Bytes window = Isa::transposed(Isa::windows<BITS>(Isa::shifted_in(words, before, left)));
       uint8_t* unit = out + 512 * (2 * (group / 4) + four / 8) + 64 * (four % 8) + 16 * (group % 4);
       Isa::store(unit, look_up(window));
     }
   }
 }
 
-// Bytes in signed steps of the table, raised by LEVEL_ZERO where bytes are multiplied as unsigned ones.
-struct Steps {
-  Isa::Bytes256 table;
-  explicit Steps(const int8_t* entries) : table(reinterpret_cast<const uint8_t*>(entries)) {}
-  INLINE Isa::Bytes operator()(Isa::Bytes window) const { return table(window) ^ Isa::all_bytes(Isa::LEVEL_ZERO); }
+// Levels 0..127: those of the first 128 windows are kept, and the first bit of a window turns them round.
+struct SignedLevels {
+  Isa::Bytes128 table;
+  explicit SignedLevels(const uint8_t* levels) : table(levels) {}
+  INLINE Isa::Bytes operator()(Isa::Bytes window) const { return Isa::turned_round(table(window), window); }
 };
 
 // The windows themselves, for a table of floats.
 struct Windows {
-  explicit Windows(const int8_t*) {}
+  explicit Windows(const uint8_t*) {}
   INLINE Isa::Bytes operator()(Isa::Bytes window) const { return window; }
 };
 
 template <int BITS, class LookUp>
-void look_up_trellis(const int8_t* entries, bool keys, const uint8_t* codes, int d, uint8_t* out) {
-  const LookUp look_up(entries);
+void look_up_trellis(const uint8_t* levels, bool keys, const uint8_t* codes, int d, uint8_t* out) {
+  const LookUp look_up(levels);
   keys ? look_up_keys<BITS>(look_up, codes, d, out) : look_up_values<BITS>(look_up, codes, d, out);
 }
 

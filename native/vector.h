@@ -143,7 +143,7 @@ struct Vector {
     return (Bytes)((last >> 3 * BITS & 0xff) | (last >> 2 * BITS & 0xff) << 8 | (last >> BITS & 0xff) << 16 | last << 24);
   }
   // 16 bytes: four by four, rows become columns.
-  static INLINE Bytes turned(Bytes x) {
+  static INLINE Bytes transposed(Bytes x) {
     Bytes out;
     for (int i = 0; i < WIDTH; i++) out[i] = x[i / 16 * 16 + i % 4 * 4 + i / 4 % 4];
     return out;
@@ -154,16 +154,18 @@ struct Vector {
     for (int i = 0; i < WIDTH / 16; i++) std::memcpy(reinterpret_cast<uint8_t*>(&out) + 16 * i, i < split ? first : second, 16);
     return out;
   }
-  // A table of 256 bytes.
-  struct Bytes256 {
+  // A table of 128 bytes, by the low seven bits of an index.
+  struct Bytes128 {
     const uint8_t* entries;
-    explicit Bytes256(const uint8_t* table) : entries(table) {}
+    explicit Bytes128(const uint8_t* table) : entries(table) {}
     INLINE Bytes operator()(Bytes index) const {
       Bytes out;
-      for (int i = 0; i < WIDTH; i++) out[i] = entries[index[i]];
+      for (int i = 0; i < WIDTH; i++) out[i] = entries[index[i] & 127];
       return out;
     }
   };
+  // 127 - level where the highest bit of `sign` is set.
+  static INLINE Bytes turned_round(Bytes level, Bytes sign) { return level ^ ((Bytes)(sign > 127) & 127); }
 
   // What encoders need. Lane i becomes x[i] + x[i ^ S], or x[i ^ S] - x[i] where bit S of i is set; S = 1, 2, 4, ...
   static INLINE Floats hadamard(Floats x) {

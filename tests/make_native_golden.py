@@ -14,6 +14,7 @@ from native_truth import truth
 
 from tersekv.layout import Layout
 from tersekv.ops.recipe import Dense, Grid
+from tersekv.ops.trellis import Trellis
 
 ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
 CASES = [
@@ -25,6 +26,10 @@ CASES = [
     ("2 normal scale:log8", "4 normal channel_scale:fp32 channel_zero:bf16", 80, 4, 16, [[129]]),
     ("3 normal scale:log8 channel_zero:int8", "3 normal scale:log8", 256, 7, 9, [[70]]),
     ("4 normal scale:log8", "4 normal scale:log8", 64, 2, 1, [[1100]]),
+    ("1 trellis scale:log8", "2 trellis scale:fp16 channel_zero:int8", 96, 3, 1, [[130, 1]]),
+    ("2 trellis scale:log8 channel_zero:int8", "1 trellis scale:log8", 64, 4, 16, [[129]]),
+    ("3 trellis scale:fp16", "4 trellis scale:log8", 128, 5, 1, [[65, 127]]),
+    ("4 trellis scale:log8", "3 trellis scale:log8", 32, 1, 1, [[64, 3]]),
     ("dense fp32", "dense bf16", 72, 3, 1, [[65, 2]]),
     ("dense fp16", "2 normal scale:log8", 80, 2, 3, [[65]]),
     ("2 normal scale:log8", "dense fp16", 80, 2, 3, [[65]]),
@@ -36,7 +41,7 @@ def put(file: BinaryIO, x: Any, dtype: type | str) -> None:
     file.write(np.int32(array.size).tobytes() + array.tobytes())
 
 
-def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid, start: int) -> None:
+def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid | Trellis, start: int) -> None:
     planes = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.code_bits, layout.offsets["codes"])
     put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes)], np.int32)
@@ -45,6 +50,7 @@ def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid, start: int) -
         put(file, plane.kind, "")
         put(file, [layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)], np.int32)
     put(file, [] if isinstance(recipe, Dense) else recipe.table, np.float32)
+    put(file, [recipe.half if isinstance(recipe, Trellis) else 0], np.float32)
 
 
 def put_case(file: BinaryIO, name: str, case: Case) -> None:

@@ -42,7 +42,7 @@ class Side:
             assert values is not None
             return values.double(), values.double()
         table = np.array(self.recipe.table, dtype=np.float32)
-        if isinstance(self.recipe, Trellis):  # its entries are the bytes that are multiplied
+        if isinstance(self.recipe, Trellis):  # its entries are levels
             t = torch.from_numpy(table).double()[walk(read_codes(self.packed), self.recipe.bits)]
             return t, t
         step = (table.max() - table.min()) / np.float32(127)
@@ -74,7 +74,7 @@ def _content(plane: Plane, pages: int, positive: bool) -> Tensor:
 
 def _recipe(form: str, bits: int) -> Grid | Trellis:
     if form == "trellis":
-        return Trellis(tuple((torch.randint(-127, 128, (STATES,)) / 32).tolist()), bits)
+        return Trellis(tuple((2 * torch.randint(0, 128, (STATES // 2,)) - 127).tolist()), 1 / 64, bits)
     if form == "uniform":
         return Grid(tuple(i - 2.0 ** (bits - 1) for i in range(2**bits)))
     return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)))

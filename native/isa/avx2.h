@@ -24,39 +24,30 @@ struct Isa : Vector {
     return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
   }
-#ifdef __AVXVNNI__
-  static constexpr int LEVEL_ZERO = 128;
-  static INLINE Ints dot_bytes(Ints sum, Bytes a, int32_t four) { return dot(sum, a, four); }
-#else
-  // Signed bytes of at most 127 in magnitude: the first operand is unsigned, so it is the other one's magnitude.
-  static constexpr int LEVEL_ZERO = 0;
-  static INLINE Ints dot_bytes(Ints sum, Bytes a, int32_t four) {
-    const __m256i b = _mm256_set1_epi32(four), size = _mm256_abs_epi8(b);
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8((__m256i)a, b));
-    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-#endif
-  static INLINE Bytes turned(Bytes x) {
+  static INLINE Bytes transposed(Bytes x) {
     const __m128i how = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (Bytes)_mm256_shuffle_epi8((__m256i)x, _mm256_broadcastsi128_si256(how));
   }
-  // Sixteen look-ups by the low four bits of an index, of which the high four choose one.
-  struct Bytes256 {
-    const uint8_t* entries;
-    explicit Bytes256(const uint8_t* table) : entries(table) {}
-    template <int COUNT>
-    INLINE __m256i among(int first, __m256i low, const __m256i* bit) const {
-      if constexpr (COUNT == 1) {
-        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries + 16 * first));
-        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), low);
-      } else {
-        const __m256i one = among<COUNT / 2>(first, low, bit + 1), other = among<COUNT / 2>(first + COUNT / 2, low, bit + 1);
-        return _mm256_blendv_epi8(one, other, bit[0]);
-      }
+  static INLINE Ints lanes(const uint8_t* first, const uint8_t* second, int split) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+    return (Ints)_mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(split > 1 ? first : second)), 1);
+  }
+  // Sixteen entries a look-up, which gives 0 for a negative index: index 16 k + i meets look-ups 0..k, so each holds what
+  // differs from the one before.
+  struct Bytes128 {
+    alignas(16) uint8_t change[128];
+    explicit Bytes128(const uint8_t* table) {
+      for (int i = 0; i < 128; i++) change[i] = uint8_t(table[i] ^ (i < 16 ? 0 : table[i - 16]));
     }
     INLINE Bytes operator()(Bytes index) const {
-      const __m256i i = (__m256i)index, bit[4] = {i, _mm256_slli_epi16(i, 1), _mm256_slli_epi16(i, 2), _mm256_slli_epi16(i, 3)};
-      return (Bytes)among<16>(0, _mm256_and_si256(i, _mm256_set1_epi8(15)), bit);
+      __m256i out = _mm256_setzero_si256(), i = _mm256_and_si256((__m256i)index, _mm256_set1_epi8(127));
+      for (int part = 0; part < 8; part++) {
+        const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(change + 16 * part));
+        out = _mm256_xor_si256(out, _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), i));
+        i = _mm256_sub_epi8(i, _mm256_set1_epi8(16));
+      }
+      return (Bytes)out;
     }
   };
   template <int BITS>

@@ -18,9 +18,6 @@ struct Isa : Vector {
   static INLINE Ints dot(Ints sum, Bytes a, int32_t four) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(four));
   }
-  static constexpr int LEVEL_ZERO = 128;
-  static INLINE Ints dot_bytes(Ints sum, Bytes a, int32_t four) { return dot(sum, a, four); }
-
   static INLINE Ints shifted_in(Ints now, Ints before, Ints after) {
     return (Ints)_mm512_shrdv_epi32((__m512i)now, (__m512i)before, (__m512i)after);
   }
@@ -31,7 +28,7 @@ struct Isa : Vector {
     const __m512i where = _mm512_set1_epi64(int64_t(WHERE | uint64_t(WHERE + 0x20202020) << 32));
     return (Bytes)_mm512_multishift_epi64_epi8(where, (__m512i)x);
   }
-  static INLINE Bytes turned(Bytes x) {
+  static INLINE Bytes transposed(Bytes x) {
     const __m128i how = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (Bytes)_mm512_shuffle_epi8((__m512i)x, _mm512_broadcast_i32x4(how));
   }
@@ -41,17 +38,15 @@ struct Isa : Vector {
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
     return (Ints)_mm512_mask_broadcast_i32x4(low, __mmask16(0xffff << 4 * split), high);
   }
-  struct Bytes256 {
-    __m512i part[4];
-    explicit Bytes256(const uint8_t* table) {
-      for (int i = 0; i < 4; i++) part[i] = _mm512_loadu_si512(table + 64 * i);
-    }
-    INLINE Bytes operator()(Bytes index) const {
-      const __m512i i = (__m512i)index;
-      const __m512i low = _mm512_permutex2var_epi8(part[0], i, part[1]), high = _mm512_permutex2var_epi8(part[2], i, part[3]);
-      return (Bytes)_mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high);
-    }
+  struct Bytes128 {
+    __m512i low, high;
+    explicit Bytes128(const uint8_t* table) : low(_mm512_loadu_si512(table)), high(_mm512_loadu_si512(table + 64)) {}
+    INLINE Bytes operator()(Bytes index) const { return (Bytes)_mm512_permutex2var_epi8(low, (__m512i)index, high); }
   };
+  static INLINE Bytes turned_round(Bytes level, Bytes sign) {
+    const __mmask64 negative = _mm512_movepi8_mask((__m512i)sign);
+    return (Bytes)_mm512_mask_sub_epi8((__m512i)level, negative, _mm512_set1_epi8(127), (__m512i)level);
+  }
   template <int BITS>
   struct Table {
     const float* entries;

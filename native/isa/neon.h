@@ -16,22 +16,18 @@ struct Isa : Vector {
   static INLINE Ints dot(Ints sum, Bytes a, int32_t four) {
     return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)a, vreinterpretq_s8_s32(vdupq_n_s32(four)));
   }
-  static constexpr int LEVEL_ZERO = 0;
-  static INLINE Ints dot_bytes(Ints sum, Bytes a, int32_t four) { return dot(sum, a, four); }
-
-  static INLINE Bytes turned(Bytes x) {
+  static INLINE Bytes transposed(Bytes x) {
     const Bytes how = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
     return (Bytes)vqtbl1q_u8((uint8x16_t)x, (uint8x16_t)how);
   }
-  struct Bytes256 {
-    uint8x16x4_t part[4];
-    explicit Bytes256(const uint8_t* table) {
-      for (int i = 0; i < 16; i++) part[i / 4].val[i % 4] = vld1q_u8(table + 16 * i);
+  struct Bytes128 {
+    uint8x16x4_t part[2];
+    explicit Bytes128(const uint8_t* table) {
+      for (int i = 0; i < 8; i++) part[i / 4].val[i % 4] = vld1q_u8(table + 16 * i);
     }
-    INLINE Bytes operator()(Bytes index) const {  // an index beyond 63 gives 0, or what there was
-      uint8x16_t out = vqtbl4q_u8(part[0], (uint8x16_t)index);
-      for (int i = 1; i < 4; i++) out = vqtbx4q_u8(out, part[i], (uint8x16_t)(index - all_bytes(uint8_t(64 * i))));
-      return (Bytes)out;
+    INLINE Bytes operator()(Bytes index) const {  // an index beyond 63 leaves what there was
+      const uint8x16_t i = vandq_u8((uint8x16_t)index, vdupq_n_u8(127)), low = vqtbl4q_u8(part[0], i);
+      return (Bytes)vqtbx4q_u8(low, part[1], vsubq_u8(i, vdupq_n_u8(64)));
     }
   };
   template <int BITS>

@@ -19,8 +19,6 @@ struct Isa : Vector {
       for (int j = 0; j < 4; j++) sum[i] += int(a[4 * i + j]) * int8_t(uint32_t(four) >> (8 * j));
     return sum;
   }
-  static constexpr int LEVEL_ZERO = 128;
-  static Ints dot_bytes(Ints sum, Bytes a, int32_t four) { return dot(sum, a, four); }
   template <int BITS>
   struct Table {
     const float* entries;

@@ -51,7 +51,8 @@ inline Side read_side(Reader& r) {
     const std::vector<int32_t> at = r.many<int32_t>();
     planes.emplace_back(name, kind, at[0], at[1]);
   }
-  return make_side(n[0], n[1], n[2], n[3], n[4], planes, r.many<float>());
+  const std::vector<float> table = r.many<float>();
+  return make_side(n[0], n[1], n[2], n[3], n[4], planes, table, r.many<float>().at(0));
 }
 
 struct Golden {

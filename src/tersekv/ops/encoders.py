@@ -5,6 +5,8 @@ A codec returns one of these from `encoder`; which planes it fills, and as what 
 
 from dataclasses import dataclass
 
+from tersekv.ops.trellis import Trellis
+
 
 @dataclass(frozen=True)
 class TableEncoder:
@@ -34,4 +36,14 @@ class DenseEncoder:
     """The values themselves, saturated and rounded to the kind of the plane `values`."""
 
 
-Encoder = TableEncoder | UniformEncoder | DenseEncoder
+@dataclass(frozen=True)
+class TrellisEncoder:
+    """As TableEncoder, but the codes are those of the walk through a trellis that is nearest to the token."""
+
+    recipe: Trellis
+    unbiased: bool = False
+    factor: float = 1.0
+    signs: tuple[float, ...] = ()
+
+
+Encoder = TableEncoder | UniformEncoder | DenseEncoder | TrellisEncoder

@@ -12,7 +12,7 @@ from tersekv.errors import InputError
 from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Dense, Grid, Recipe
-from tersekv.ops.trellis import STATES, Trellis
+from tersekv.ops.trellis import Trellis
 
 if find_spec("tersekv._native") is None:  # installed without a compiler
     _native: Any = None
@@ -49,8 +49,6 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
     trellis = isinstance(recipe, Trellis)
     if recipe.name != "grid" and not trellis:
         return f"recipe {recipe.name}: they read dense, grid and trellis."
-    if trellis and (len(recipe.table) != STATES or any(abs(x) > 127 / 32 or x % (1 / 32) for x in recipe.table)):
-        return f"a trellis of {len(recipe.table)} entries: they read {STATES}, multiples of 1/32 up to 127/32."
     if trellis and not layout.takes("trellis_k"):
         return f"a trellis at head dim {layout.d}: they read multiples of 32."
     if not layout.takes("simd_k"):
@@ -91,10 +89,11 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     """What C++ needs to know of a side of a page, made once for each layout."""
     planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(recipe, Dense):
-        return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [])
+        return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [], 0)
     assert isinstance(recipe, Grid | Trellis)  # for the type checker: `refusal` let it through
+    half = recipe.half if isinstance(recipe, Trellis) else 0.0
     codes = layout.offsets["codes"]
-    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table))
+    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table), half)
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:

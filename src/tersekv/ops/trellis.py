@@ -2,11 +2,14 @@
 
 A bit-shift trellis (QTIP, arXiv 2406.11235, section 3.1): the state is the last 8 bits of a token's codes, starting
 from 0, and the value is table[state]. Encoding finds the walk of least squared error (Viterbi); decoding is a look-up
-by a sliding window of bits.
+by a sliding window of bits. Entries are odd multiples of a step, and the oldest bit is a sign: 128 of them are kept.
+Errors are integers, so that every backend finds the same walk.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -17,15 +20,24 @@ from tersekv.packed import Packed
 STATE_BITS = 8
 STATES = 2**STATE_BITS
 ROWS = 2048  # tokens at a time: their costs fit in a cache
+UNREACHED = 2**30  # a cost above those of all walks
 
 
 @dataclass(frozen=True)
 class Trellis:
-    """Plane "codes" holds `bits` a value; then as `grid`, with a scale a token and a zero a channel."""
+    """Plane "codes" holds `bits` a value; then as `grid`, with a scale a token and a zero a channel.
 
-    table: tuple[float, ...]
+    `odd`: entries of the states 0..127 in units of `half`, odd integers from -127 to 127. State s + 128 negates that of s.
+    """
+
+    odd: tuple[int, ...]
+    half: float
     bits: int
     name = "trellis"
+
+    @cached_property
+    def table(self) -> tuple[float, ...]:
+        return tuple(sign * odd * self.half for sign in (1, -1) for odd in self.odd)
 
     def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
         states = walk(read_codes(packed), self.bits)
@@ -43,30 +55,36 @@ def walk(codes: UInt8[Tensor, "*lead d"], bits: int) -> Int[Tensor, "*lead d"]:
     return states % STATES
 
 
-def viterbi(z: Float[Tensor, "*lead d"], table: Float[Tensor, "states"], bits: int) -> UInt8[Tensor, "*lead d"]:
-    """Codes of the walk whose values are nearest to `z`. Of equal walks, the one with the lower older bits."""
-    rows = z.reshape(-1, z.shape[-1])
-    codes = [_viterbi(some.mT, table, bits).mT for some in rows.split(ROWS)]
+def viterbi(z: Float[Tensor, "*lead d"], recipe: Trellis) -> UInt8[Tensor, "*lead d"]:
+    """Codes of the walk whose values are nearest to `z`. Of equal walks, the one with the lower older bits.
+
+    With z = w * half / 2 and w rounded to an integer, (table - z)^2 is u^2 - u w in units of half^2, without z^2, which
+    all walks have in common. |z| up to sqrt(d) keeps the sums in 31 bits.
+    """
+    rows = (z.reshape(-1, z.shape[-1]) * np.float32(2 / recipe.half).item()).round().int()
+    codes = [_viterbi(some.mT, recipe).mT for some in rows.split(ROWS)]
     return torch.cat(codes).view(z.shape) if codes else torch.empty_like(z, dtype=torch.uint8)
 
 
-def _viterbi(z: Tensor, table: Tensor, bits: int) -> Tensor:
-    """`z` (d, rows). A state's predecessors differ in the `bits` that fall out: leading index of the costs."""
-    d, rows = z.shape
-    forks, heads = 2**bits, STATES // 2**bits
-    cost = torch.full((STATES, rows), torch.inf, device=z.device)
+def _viterbi(w: Tensor, recipe: Trellis) -> Tensor:
+    """`w` (d, rows). A state's predecessors differ in the bits that fall out, the state's fork: costs' leading index.
+
+    A cost is a multiple of `forks`, plus the fork of its state: of equal ones the lower fork is less, and is found with it.
+    """
+    d, rows = w.shape
+    forks, heads = 2**recipe.bits, STATES // 2**recipe.bits
+    odd = torch.tensor([*recipe.odd, *(-u for u in recipe.odd)], dtype=torch.int32, device=w.device)[:, None]
+    fork = torch.arange(STATES, dtype=torch.int32, device=w.device)[:, None] // heads
+    here = forks * odd * odd + fork
+    cost = torch.full((STATES, rows), UNREACHED, dtype=torch.int32, device=w.device)
     cost[0] = 0
-    fallen = torch.empty(d, heads, rows, dtype=torch.uint8, device=z.device)
+    fallen = torch.empty(d, heads, rows, dtype=torch.uint8, device=w.device)
     for i in range(d):
-        ways = cost.view(forks, heads, rows)
-        best, came = ways[0], torch.zeros(heads, rows, dtype=torch.uint8, device=z.device)
-        for fork in range(1, forks):
-            came = torch.where(ways[fork] < best, fork, came)
-            best = torch.minimum(ways[fork], best)
-        fallen[i] = came
-        error = z[i] - table[:, None]
-        cost = (best[:, None] + (error * error).view(heads, forks, rows)).view(STATES, rows)
-    return _traced(cost, fallen, bits)
+        best = cost.view(forks, heads, rows).amin(0)
+        fallen[i] = best & (forks - 1)
+        added = (here - forks * odd * w[i]).view(heads, forks, rows)
+        cost = ((best & -forks)[:, None] + added).view(STATES, rows)
+    return _traced(cost, fallen, recipe.bits)
 
 
 def _traced(cost: Tensor, fallen: Tensor, bits: int) -> Tensor:
