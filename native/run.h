@@ -26,7 +26,7 @@ constexpr MixDense MIX_DENSE[3][STRIP] = DENSE(mix_dense);
 constexpr void (*LOOK_UP[4])(const uint8_t*, const uint8_t*, int, uint8_t*) = {
     look_up_block<1>, look_up_block<2>, look_up_block<3>, look_up_block<4>};
 // A trellis as levels, or as codes of 8 bits: its windows.
-constexpr void (*LOOK_UP_TRELLIS[2][4])(const uint8_t*, bool, const uint8_t*, int, uint8_t*) = {
+constexpr void (*LOOK_UP_TRELLIS[2][4])(const uint8_t*, bool, const uint8_t*, Ahead, int, uint8_t*) = {
     {look_up_trellis<1, Windows>, look_up_trellis<2, Windows>, look_up_trellis<3, Windows>, look_up_trellis<4, Windows>},
     {look_up_trellis<1, SignedLevels>, look_up_trellis<2, SignedLevels>, look_up_trellis<3, SignedLevels>, look_up_trellis<4, SignedLevels>}};
 template <int R, bool ZERO>
@@ -224,18 +224,22 @@ class Run {
 
   // A block of a trellis as bytes, for the first strip of rows; the others find it. A single strip needs it once, so all
   // blocks use the same memory, which stays in the first-level cache.
-  const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r) {
+  const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r, Ahead& ahead) {
     uint8_t* bytes = job_.rows <= Isa::STRIP ? of_all : of_block;
-    if (r == 0) LOOK_UP_TRELLIS[int8][s.bits - 1](s.levels[0], &s == job_.k, codes + s.codes, d_, bytes);
+    if (r) return bytes;
+    const Ahead first{ahead.at, (ahead.each + 1) / 2};
+    LOOK_UP_TRELLIS[int8][s.bits - 1](s.levels[0], &s == job_.k, codes + s.codes, first, d_, bytes);
+    ahead = {first.at + VECTOR * (d_ / 8 * first.each >> 8), first.each};
     return bytes;
   }
 
   void score(Block& block, float* scores, int r, int rows) {
     const Side& s = *job_.k;
     if (s.trellis) {
-      const uint8_t* bytes = looked_up(s, block.k, block.k_levels, blocks_[0].k_levels, k_int8_, r);
-      if (k_int8_) return SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, ahead(block, 0, r), d_, q_.int8 + r * d_, scores);
-      return SCORE_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 0, r), d_, q_.folded + r * d_, scores);
+      Ahead later = ahead(block, 0, r);
+      const uint8_t* bytes = looked_up(s, block.k, block.k_levels, blocks_[0].k_levels, k_int8_, r, later);
+      if (k_int8_) return SCORE_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, later, d_, q_.int8 + r * d_, scores);
+      return SCORE_EXACT[of_bits(8)][rows - 1](s.table, bytes, later, d_, q_.folded + r * d_, scores);
     }
     const float* q = q_.folded + r * d_;
     const int8_t* int8 = q_.int8 + r * d_;
@@ -258,9 +262,10 @@ class Run {
     const float *later = i ? strip_.one : strip_.fade, *fade = by_channel ? strip_.nothing : later;
     const float *gain = strip_.gain[i], *weights = strip_.weights[i];
     if (s.trellis) {
-      const uint8_t* bytes = looked_up(s, block.v, block.v_levels, blocks_[0].v_levels, v_int8_, r);
-      if (v_int8_) MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, ahead(block, 2, r), d_, strip_.int8[i], fade, gain, out);
-      else MIX_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead(block, 2, r), d_, weights, fade, gain, out);
+      Ahead ahead = this->ahead(block, 2, r);
+      const uint8_t* bytes = looked_up(s, block.v, block.v_levels, blocks_[0].v_levels, v_int8_, r, ahead);
+      if (v_int8_) MIX_INT8[of_bits(LOOKED_UP)][rows - 1](s.levels[0], bytes, ahead, d_, strip_.int8[i], fade, gain, out);
+      else MIX_EXACT[of_bits(8)][rows - 1](s.table, bytes, ahead, d_, weights, fade, gain, out);
     } else if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);

@@ -5,7 +5,7 @@
 // eight bits up to its own. Keys: a 32-bit lane holds a word of a token, and becomes the windows of four channels. Values:
 // 128 bits hold a word of four tokens, and become the windows of four channels of each, turned round.
 #pragma once
-#include "vector.h"
+#include "tile.h"
 
 namespace tersekv::TERSEKV_ISA {
 
@@ -18,9 +18,10 @@ struct End {
 
 // `look_up`: window of each byte to what is stored. `before`: the words before `now`.
 template <int BITS, class LookUp>
-void look_up_keys(const LookUp& look_up, const uint8_t* codes, int d, uint8_t* out) {
+void look_up_keys(const LookUp& look_up, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
   alignas(64) constexpr uint8_t zeros[64] = {};
   for (int group = 0; group < d / 4; group++) {
+    if (group % 2 == 0) ahead(group / 2);
     const End<BITS> end(group);
     const Isa::Ints after = Isa::all(int32_t(end.after));
     for (int i = 0; i < 256; i += Isa::WIDTH) {
@@ -34,7 +35,7 @@ void look_up_keys(const LookUp& look_up, const uint8_t* codes, int d, uint8_t* o
 
 // The 128-bit lanes of a register: those below `split` are at `first`, the others at `second`.
 template <int BITS, class LookUp>
-void look_up_values(const LookUp& look_up, const uint8_t* codes, int d, uint8_t* out) {
+void look_up_values(const LookUp& look_up, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
   constexpr int LANES = Isa::WIDTH / 16;
   alignas(16) constexpr uint8_t zeros[16] = {};
   const int stride = d * BITS / 2;  // of four tokens
@@ -49,6 +50,7 @@ void look_up_values(const LookUp& look_up, const uint8_t* codes, int d, uint8_t*
     }
     const Isa::Ints left = Isa::load<Isa::Ints>(after);
     for (int four = 0; four < 16; four++) {
+      if (group % 4 == 0 && four % 8 == 0) ahead(group / 2 + four / 8);
       const uint8_t *now = codes + stride * four + 16 * first.word, *later = codes + stride * four + 16 * last.word;
       const Isa::Ints words = Isa::lanes(now, later, split);
       const Isa::Ints before = Isa::lanes(first.word ? now - 16 : zeros, last.word ? later - 16 : zeros, split);
@@ -73,9 +75,9 @@ struct Windows {
 };
 
 template <int BITS, class LookUp>
-void look_up_trellis(const uint8_t* levels, bool keys, const uint8_t* codes, int d, uint8_t* out) {
+void look_up_trellis(const uint8_t* levels, bool keys, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
   const LookUp look_up(levels);
-  keys ? look_up_keys<BITS>(look_up, codes, d, out) : look_up_values<BITS>(look_up, codes, d, out);
+  keys ? look_up_keys<BITS>(look_up, codes, ahead, d, out) : look_up_values<BITS>(look_up, codes, ahead, d, out);
 }
 
 }  // namespace tersekv::TERSEKV_ISA
