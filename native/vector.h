@@ -187,6 +187,16 @@ struct Vector {
     }
     return out;
   }
+  static INLINE Ints least(Ints a, Ints b) { return a < b ? a : b; }
+  // sum + a * c + b * d: `pair` is a in the low 16 bits and b in the high ones, `other` c, which is positive, and d.
+  static INLINE Ints plus_pairs(Ints sum, int32_t pair, Ints other) {
+    return sum + (other & 0xffff) * int32_t(int16_t(pair)) + (other >> 16) * (pair >> 16);
+  }
+  static INLINE Ints from_bytes(const uint8_t* p) {
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = p[i];
+    return out;
+  }
   static INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
   static INLINE Ints count(Ints level, Floats x, Floats threshold) { return level - (Ints)(x > threshold); }
   static INLINE Ints flip(Ints level, Floats sign, Ints mask) { return level ^ ((Ints)(sign < Floats{}) & mask); }
