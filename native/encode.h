@@ -56,7 +56,7 @@ struct Input {
 struct alignas(64) TrellisScratch {
   int32_t w[BLOCK * MAX_HEAD_DIM];
   int32_t cost[2][256 * 16];
-  uint8_t fallen[MAX_HEAD_DIM * 128 * 16];
+  uint8_t fallen[MAX_HEAD_DIM * 128 * 16], states[MAX_HEAD_DIM * 16];
 };
 
 struct alignas(64) EncodeScratch {

@@ -11,9 +11,23 @@
 namespace tersekv::TERSEKV_ISA {
 namespace {
 
+// f(0), f(1), ... with constants, so that arrays which they index can be registers.
+template <class F, int... I>
+INLINE void each_of(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class F>
+INLINE void repeated(F f) {
+  each_of(std::make_integer_sequence<int, COUNT>{}, f);
+}
+
+// States that differ in their oldest OLD bits stay among themselves for STEPS values, which replace these bits: they are
+// read and written once. The bits between are the number of such a group.
 template <int BITS>
 struct Walk {
   static constexpr int STATES = 256, FORKS = 1 << BITS, HEADS = STATES / FORKS;
+  static constexpr int STEPS = BITS <= 2 ? 4 / BITS : 1, OLD = STEPS * BITS, SIZE = 1 << OLD, GROUPS = STATES / SIZE;
+  static constexpr int EACH = SIZE / FORKS;  // heads of a group
   static constexpr int32_t UNREACHED = 1 << 30;
 
   // What is added to a cost: u^2 and -u w, both times FORKS, as products of two pairs of 16-bit numbers.
@@ -23,17 +37,44 @@ struct Walk {
     for (int s = 0; s < STATES; s++) pair[s] = e.odd[s] * e.odd[s] | int32_t(uint32_t(-e.odd[s]) << 16);
   }
 
-  // Costs of the states after one more value. `fallen`: HEADS rows of a byte a lane, whose low bits are forks.
-  INLINE void step(const Ints* cost, Ints value, Ints* next, uint8_t* fallen) const {
-    for (int fork = 0, head = 0; fork < FORKS; fork++)
-      for (int i = 0; i < HEADS / FORKS; i++, head++) {
-        Ints best = cost[head];
-        for (int f = 1; f < FORKS; f++) best = Isa::least(best, cost[f * HEADS + head]);
-        Isa::store_int8(reinterpret_cast<int8_t*>(fallen + head * LANES), (Floats)best);
-        best = (best & Isa::all(-FORKS)) | Isa::all(int32_t(fork));
-        for (int code = 0; code < FORKS; code++)
-          next[head * FORKS + code] = Isa::plus_pairs(best, pair[head * FORKS + code], value);
-      }
+  // Head `i` of a group before value `step`: bits that are still old, the group, bits that are new.
+  static INLINE int head_of(int group, int i, int step) {
+    const int made = BITS * step;
+    return (i >> made) * (GROUPS << made) + (group << made) + (i & ((1 << made) - 1));
+  }
+  template <int STEP>
+  INLINE void one_value(Ints* x, int group, Ints value, Ints& forks, uint8_t* fallen) const {
+    Ints next[SIZE];
+    repeated<EACH>([&](auto i) EACH_TIME {
+      Ints best = x[i];
+      repeated<FORKS - 1>([&](auto f) EACH_TIME { best = Isa::least(best, x[(f + 1) * EACH + i]); });
+      forks = Isa::bytes_in(forks, best);
+      const int head = head_of(group, i, STEP), place = group * EACH + i;
+      if (place % 4 == 3) Isa::store(fallen + place / 4 * 4 * LANES, forks);
+      best = (best & Isa::all(-FORKS)) | Isa::all(int32_t(head * FORKS / HEADS));
+      const int32_t* pairs = pair + head * FORKS;
+      repeated<FORKS>([&](auto code) EACH_TIME { next[i * FORKS + code] = Isa::plus_pairs(best, pairs[code], value); });
+    });
+    repeated<SIZE>([&](auto i) EACH_TIME { x[i] = next[i]; });
+  }
+
+  template <int STEP = 0>
+  INLINE void all_values(Ints* x, int group, const Ints* value, Ints& forks, uint8_t* fallen) const {
+    if constexpr (STEP < STEPS) {
+      one_value<STEP>(x, group, value[STEP], forks, fallen + size_t(STEP) * HEADS * LANES);
+      all_values<STEP + 1>(x, group, value, forks, fallen);
+    }
+  }
+
+  // Costs of the states after STEPS more values.
+  void step(const Ints* cost, const Ints* value, Ints* next, uint8_t* fallen) const {
+    Ints forks = {};
+    for (int group = 0; group < GROUPS; group++) {
+      Ints x[SIZE];
+      repeated<SIZE>([&](auto i) EACH_TIME { x[i] = cost[i * GROUPS + group]; });
+      all_values(x, group, value, forks, fallen);
+      repeated<SIZE>([&](auto i) EACH_TIME { next[group * SIZE + i] = x[i]; });
+    }
   }
 
   // LANES tokens: `w` their values, BLOCK apart from channel to channel; `states`: d bytes for each token.
@@ -41,8 +82,10 @@ struct Walk {
     auto* cost = reinterpret_cast<Ints*>(s.cost[0]);
     auto* next = reinterpret_cast<Ints*>(s.cost[1]);
     for (int i = 0; i < STATES; i++) cost[i] = Isa::all(i ? UNREACHED : 0);
-    for (int c = 0; c < d; c++, std::swap(cost, next)) {
-      const Ints value = Isa::load<Ints>(w + BLOCK * c) << (16 + BITS) | Isa::all(int32_t(FORKS));
+    for (int c = 0; c < d; c += STEPS, std::swap(cost, next)) {
+      Ints value[STEPS];
+      for (int i = 0; i < STEPS; i++)
+        value[i] = Isa::load<Ints>(w + BLOCK * (c + i)) << (16 + BITS) | Isa::all(int32_t(FORKS));
       step(cost, value, next, s.fallen + size_t(c) * HEADS * LANES);
     }
     Ints least = cost[0], last = {};
@@ -50,19 +93,23 @@ struct Walk {
       last = cost[i] < least ? Isa::all(i) : last;
       least = Isa::least(least, cost[i]);
     }
-    trace(last, d, s.fallen, states);
+    for (int c = d; c > 0;) trace(last, c, s.fallen, s.states);
+    for (int lane = 0; lane < LANES; lane++)
+      for (int c = 0; c < d; c++) states[lane * d + c] = s.states[c * LANES + lane];
   }
 
  private:
-  void trace(Ints last, int d, const uint8_t* fallen, uint8_t* states) const {
-    alignas(64) int32_t state[LANES];
-    Isa::store(state, last);
-    for (int c = d - 1; c >= 0; c--)
-      for (int lane = 0; lane < LANES; lane++) {
-        states[lane * d + c] = uint8_t(state[lane]);
-        const int head = state[lane] >> BITS;
-        state[lane] = head + HEADS * (fallen[(c * HEADS + head) * LANES + lane] & (FORKS - 1));
-      }
+  // From the states after channel c - 1 to those STEPS earlier. A fork is one of the four bytes of a lane.
+  template <int STEP = STEPS - 1>
+  INLINE void trace(Ints& state, int& c, const uint8_t* fallen, uint8_t* states) const {
+    c--;
+    Isa::store_int8(reinterpret_cast<int8_t*>(states + c * LANES), (Floats)state);
+    constexpr int MADE = BITS * STEP;
+    const Ints head = state >> BITS, group = head >> MADE & (GROUPS - 1);
+    const Ints place = group * EACH + (head >> (MADE + 8 - OLD) << MADE | (head & ((1 << MADE) - 1)));
+    const Ints four = Isa::gathered(fallen + size_t(c) * HEADS * LANES, place >> 2);
+    state = head + (four >> ((place & 3) << 3) & (FORKS - 1)) * HEADS;
+    if constexpr (STEP > 0) trace<STEP - 1>(state, c, fallen, states);
   }
 };
 

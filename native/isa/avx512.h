@@ -139,8 +139,13 @@ struct Isa : Vector {
     return (Ints)_mm512_mask_xor_epi32((__m512i)level, negative, (__m512i)level, (__m512i)mask);
   }
   static INLINE Ints least(Ints a, Ints b) { return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+  static INLINE Ints bytes_in(Ints all, Ints last) { return (Ints)_mm512_shrdi_epi32((__m512i)all, (__m512i)last, 8); }
   static INLINE Ints plus_pairs(Ints sum, int32_t pair, Ints other) {
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)other, _mm512_set1_epi32(pair));
+  }
+  static INLINE Ints gathered(const uint8_t* registers, Ints index) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Ints)_mm512_i32gather_epi32(_mm512_add_epi32(_mm512_slli_epi32((__m512i)index, 4), lane), registers, 4);
   }
   static INLINE Ints from_bytes(const uint8_t* p) {
     return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
