@@ -43,8 +43,9 @@ Order order_of(const std::string& name) {
 
 int width_of(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
 
-void check_order(Order order, int d) {
-  require(!in_words(order) || d % 32 == 0, "head_dim ", d, ": the trellis orders take multiples of 32.");
+void check_order(Order order, int d, int bits) {
+  require(!in_words(order) || (d % 32 == 0 && bits < 8), "head_dim ", d, ", ", bits,
+          " bits: the trellis orders take multiples of 32, 1 to 4 bits.");
 }
 
 void check_codes(int d, int bits, int codes, int nbytes) {
@@ -59,7 +60,7 @@ Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& pl
   std::string order;
   std::tie(e.d, e.bits, order, e.codes, e.nbytes) = codes;
   e.method = method, e.order = order_of(order);
-  check_order(e.order, e.d);
+  check_order(e.order, e.d, e.bits);
   check_codes(e.d, method == Method::dense ? 1 : e.bits, e.codes, e.nbytes);
   for (const auto& [name, kind, offset, step] : planes) {
     Plane* plane = named<Plane*>(name, {{"values", &e.values}, {"scale", &e.scale}, {"zero", &e.zero},
@@ -198,8 +199,8 @@ void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, 
   std::vector<const uint8_t*> sources;
   each_block(blocks, 1, [&](int64_t start) { sources.push_back(blocks.data() + start); });
   const Repacking how{bits, d, nbytes, offset, order_of(from), order_of(order)};
-  check_order(how.from, d);
-  check_order(how.to, d);
+  check_order(how.from, d, bits);
+  check_order(how.to, d, bits);
   const EncodeKernels& kernels = encode_kernels(isa);
   nb::gil_scoped_release release;
   repack(how, sources, pages, kernels, threads);

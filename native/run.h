@@ -26,9 +26,10 @@ constexpr MixDense MIX_DENSE[3][STRIP] = DENSE(mix_dense);
 constexpr void (*LOOK_UP[4])(const uint8_t*, const uint8_t*, int, uint8_t*) = {
     look_up_block<1>, look_up_block<2>, look_up_block<3>, look_up_block<4>};
 // A trellis as levels, or as codes of 8 bits: its windows.
+#define EACH_WIDTH(F) {look_up_trellis<1, F>, look_up_trellis<2, F>, look_up_trellis<3, F>, look_up_trellis<4, F>}
 constexpr void (*LOOK_UP_TRELLIS[2][4])(const uint8_t*, bool, const uint8_t*, Ahead, int, uint8_t*) = {
-    {look_up_trellis<1, Windows>, look_up_trellis<2, Windows>, look_up_trellis<3, Windows>, look_up_trellis<4, Windows>},
-    {look_up_trellis<1, SignedLevels>, look_up_trellis<2, SignedLevels>, look_up_trellis<3, SignedLevels>, look_up_trellis<4, SignedLevels>}};
+    EACH_WIDTH(Windows), EACH_WIDTH(SignedLevels)};
+#undef EACH_WIDTH
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
              const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
@@ -224,7 +225,8 @@ class Run {
 
   // A block of a trellis as bytes, for the first strip of rows; the others find it. A single strip needs it once, so all
   // blocks use the same memory, which stays in the first-level cache.
-  const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r, Ahead& ahead) {
+  const uint8_t* looked_up(const Side& s, const uint8_t* codes, uint8_t* of_block, uint8_t* of_all, bool int8, int r,
+                           Ahead& ahead) {
     uint8_t* bytes = job_.rows <= Isa::STRIP ? of_all : of_block;
     if (r) return bytes;
     const Ahead first{ahead.at, (ahead.each + 1) / 2};

@@ -42,12 +42,18 @@ struct Walk {
     const int made = BITS * step;
     return (i >> made) * (GROUPS << made) + (group << made) + (i & ((1 << made) - 1));
   }
+  // Of every EACH-th.
+  template <int COUNT>
+  static INLINE Ints least_of(const Ints* x) {
+    if constexpr (COUNT == 1) return *x;
+    else return Isa::least(least_of<COUNT / 2>(x), least_of<COUNT / 2>(x + COUNT / 2 * EACH));
+  }
+
   template <int STEP>
   INLINE void one_value(Ints* x, int group, Ints value, Ints& forks, uint8_t* fallen) const {
     Ints next[SIZE];
     repeated<EACH>([&](auto i) EACH_TIME {
-      Ints best = x[i];
-      repeated<FORKS - 1>([&](auto f) EACH_TIME { best = Isa::least(best, x[(f + 1) * EACH + i]); });
+      Ints best = least_of<FORKS>(x + i);
       forks = Isa::bytes_in(forks, best);
       const int head = head_of(group, i, STEP), place = group * EACH + i;
       if (place % 4 == 3) Isa::store(fallen + place / 4 * 4 * LANES, forks);

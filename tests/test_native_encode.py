@@ -95,7 +95,9 @@ def test_the_bytes_of_the_reference(text: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("text", ["lloydmax", "rotated:bits=4,mean=block", "trellis", "intn", "intn:axis=channel", "none"])
+@pytest.mark.parametrize(
+    "text", ["lloydmax", "rotated:bits=4,mean=block", "trellis", "intn", "intn:axis=channel", "none"]
+)
 def test_any_precision_and_stride(text: str, isa: str) -> None:
     codec, d = parse_codec(text, "v"), 96
     layout = codec.layout(d)

@@ -64,7 +64,13 @@ def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
 def repacks(packed: Packed, order: str) -> bool:
     """Whether `repack` can run: codes in memory, in a width that has another order."""
     layout = packed.layout
-    known = "codes" in layout and {layout.order, order} <= set(ORDERS) and layout.takes("simd_k") and layout.takes(order) and _fits(layout.d)
+    known = (
+        "codes" in layout
+        and {layout.order, order} <= set(ORDERS)
+        and layout.takes("simd_k")
+        and layout.takes(order)
+        and _fits(layout.d)
+    )
     return known and packed.data.device.type == "cpu" and sum(p.kind == "code" for p in layout.planes) == 1
 
 
