@@ -86,7 +86,7 @@ def simd_v(plane: Plane) -> np.ndarray:
 
 
 def _words(plane: Plane, word: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Each token's codes as one stream of bits, those of a code from the highest, in words of 32: the first is highest."""
+    """Each token's codes as one stream, the highest bit of each first, in words of 32 bits, filled from the top."""
     place = 32 * word + 31 - np.arange(32)
     channel, bit = place // plane.bits, plane.bits - 1 - place % plane.bits
     return ((token * plane.cols + channel) * plane.bits + bit).ravel()
