@@ -82,7 +82,8 @@ void pack_words(Order order, int d, const uint8_t* rows, uint8_t* out) {
     for (int c = 0, held = 0, k = 0; c < d; c += 8) {
       uint64_t eight;
       std::memcpy(&eight, rows + t * d + c, 8);
-      bits = bits << 8 * BITS | closed_up<BITS>(__builtin_bswap64(eight)), held += 8 * BITS;
+      const uint64_t closed = closed_up<BITS>(__builtin_bswap64(eight)) & ((uint64_t(1) << 8 * BITS) - 1);
+      bits = bits << 8 * BITS | closed, held += 8 * BITS;
       for (; held >= 32; held -= 32, k++) {
         const uint32_t word = uint32_t(bits >> (held - 32));
         std::memcpy(out + word_at(order, d * BITS / 32, t, k), &word, 4);
