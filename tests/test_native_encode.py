@@ -89,7 +89,7 @@ def test_the_bytes_of_the_reference(text: str) -> None:
         x, layout = blocks(d), codec.layout(d)
         want = codec.encode(x)
         for order in filter(layout.takes, ORDERS) if "codes" in layout else ["linear"]:
-            ordered = ops.repack(want, order)
+            ordered = repack(want, order)
             for isa in ISAS:
                 assert_same(encoded(codec, x, layout.ordered(order), isa), ordered)
 
