@@ -9,7 +9,7 @@ namespace tersekv {
 
 enum class Order : int { linear, simd_k, simd_v, trellis_k, trellis_v };
 inline bool in_words(Order order) { return order >= Order::trellis_k; }
-enum class Method : int { table, uniform, dense };
+enum class Method : int { table, uniform, dense, trellis };
 
 // Finds codes 1..255 of a positive number on the logarithmic scale: one bin of 1/32 octave holds at most one edge.
 struct Log8 {
@@ -36,6 +36,10 @@ struct Encoder {
   float signs[MAX_HEAD_DIM];
   Log8 log8;
 
+  // trellis: `centroids` of its states, in odd multiples of a step of which a value of 1 has half `per_unit`
+  int16_t odd[256];
+  float per_unit = 0;
+
   // uniform: steps low..high
   bool symmetric = false;
   int low = 0, high = 0;
@@ -49,11 +53,18 @@ struct Input {
   Kind kind;
 };
 
+struct alignas(64) TrellisScratch {
+  int32_t w[BLOCK * MAX_HEAD_DIM];
+  int32_t cost[2][256 * 16];
+  uint8_t fallen[MAX_HEAD_DIM * 128 * 16], states[MAX_HEAD_DIM * 16];
+};
+
 struct alignas(64) EncodeScratch {
   float y[BLOCK * MAX_HEAD_DIM];
   float zero[MAX_HEAD_DIM], inverse[MAX_HEAD_DIM];
   uint8_t codes[BLOCK * MAX_HEAD_DIM];
   uint8_t rows[BLOCK * MAX_HEAD_DIM];
+  TrellisScratch trellis;
 };
 
 struct EncodeKernels {

@@ -43,8 +43,9 @@ Order order_of(const std::string& name) {
 
 int width_of(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
 
-void check_order(Order order, int d) {
-  require(!in_words(order) || d % 32 == 0, "head_dim ", d, ": the trellis orders take multiples of 32.");
+void check_order(Order order, int d, int bits) {
+  require(!in_words(order) || (d % 32 == 0 && bits < 8), "head_dim ", d, ", ", bits,
+          " bits: the trellis orders take multiples of 32, 1 to 4 bits.");
 }
 
 void check_codes(int d, int bits, int codes, int nbytes) {
@@ -59,7 +60,7 @@ Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& pl
   std::string order;
   std::tie(e.d, e.bits, order, e.codes, e.nbytes) = codes;
   e.method = method, e.order = order_of(order);
-  check_order(e.order, e.d);
+  check_order(e.order, e.d, e.bits);
   check_codes(e.d, method == Method::dense ? 1 : e.bits, e.codes, e.nbytes);
   for (const auto& [name, kind, offset, step] : planes) {
     Plane* plane = named<Plane*>(name, {{"values", &e.values}, {"scale", &e.scale}, {"zero", &e.zero},
@@ -73,6 +74,17 @@ Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& pl
   return e;
 }
 
+// The scale of a token, the rotation and the mean that go before its codes.
+void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>& signs, const std::vector<float>& log8_edges,
+               float log8_floor) {
+  require(signs.empty() || int(signs.size()) == e.d, "The rotation needs a sign for each channel.");
+  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8, "A plane `scale`, and 254 edges of its logarithms.");
+  require(!e.channel_zero || e.channel_zero.kind == Kind::int8, "The mean is stored as int8.");
+  std::copy(signs.begin(), signs.end(), e.signs);
+  e.rotated = !signs.empty(), e.unbiased = unbiased, e.factor = factor, e.root_d = float(std::sqrt(double(e.d)));
+  set_log8(e.log8, log8_edges, log8_floor);
+}
+
 Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<float>& thresholds,
                        const std::vector<float>& centroids, bool unbiased, float factor, const std::vector<float>& signs,
                        const std::vector<float>& log8_edges, float log8_floor) {
@@ -80,17 +92,29 @@ Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes,
   const size_t half = size_t(1) << (e.bits - 1);
   require(thresholds.size() == half - 1 && centroids.size() == 2 * half, "The table needs an entry for each code.");
   require(std::is_sorted(thresholds.begin(), thresholds.end()) && (half == 1 || thresholds[0] > 0), "Thresholds must be positive and ascend.");
-  require(signs.empty() || int(signs.size()) == e.d, "The rotation needs a sign for each channel.");
-  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8, "A plane `scale`, and 254 edges of its logarithms.");
-  require(!e.channel_zero || e.channel_zero.kind == Kind::int8, "The mean is stored as int8.");
+  set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
   std::fill(e.thresholds, e.thresholds + 256, INFINITY);
   std::copy(thresholds.begin(), thresholds.end(), e.thresholds);
   std::fill(e.centroids, e.centroids + 256, 0.f);
   std::copy(centroids.begin(), centroids.end(), e.centroids);
-  std::copy(signs.begin(), signs.end(), e.signs);
-  e.rotated = !signs.empty(), e.unbiased = unbiased, e.factor = factor, e.root_d = float(std::sqrt(double(e.d)));
   set_bins(e);
-  set_log8(e.log8, log8_edges, log8_floor);
+  return new Encoder(e);
+}
+
+// `odd`: of the states 0..127; the others negate them. `half`: of what they are multiples.
+Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<int>& odd, float half,
+                         bool unbiased, float factor, const std::vector<float>& signs, const std::vector<float>& log8_edges,
+                         float log8_floor) {
+  Encoder e = base(Method::trellis, codes, planes);
+  require(e.bits <= 4 && odd.size() == 128 && half > 0, "A trellis has 1 to 4 bits, and an entry for each of 128 states.");
+  set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
+  e.per_unit = 2 / half;
+  require(std::ldexp(e.per_unit * e.root_d, e.bits) < 32000, "Entries in steps of ", half, " are too fine at head_dim ", e.d, ".");
+  for (int i = 0; i < 256; i++) {
+    const int entry = i < 128 ? odd[size_t(i)] : -odd[size_t(i - 128)];
+    require(entry >= -127 && entry <= 127, "Entry ", i, " of the trellis is ", entry, ". Allowed: -127 to 127.");
+    e.odd[i] = int16_t(entry), e.centroids[i] = float(entry) * half;
+  }
   return new Encoder(e);
 }
 
@@ -175,8 +199,8 @@ void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, 
   std::vector<const uint8_t*> sources;
   each_block(blocks, 1, [&](int64_t start) { sources.push_back(blocks.data() + start); });
   const Repacking how{bits, d, nbytes, offset, order_of(from), order_of(order)};
-  check_order(how.from, d);
-  check_order(how.to, d);
+  check_order(how.from, d, bits);
+  check_order(how.to, d, bits);
   const EncodeKernels& kernels = encode_kernels(isa);
   nb::gil_scoped_release release;
   repack(how, sources, pages, kernels, threads);
@@ -201,6 +225,8 @@ void bind_encoding(nb::module_& m) {
   nb::class_<Encoder>(m, "Encoder");
   m.def("table_encoder", &table_encoder, "codes"_a, "planes"_a, "thresholds"_a, "centroids"_a, "unbiased"_a, "factor"_a,
         "signs"_a, "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
+  m.def("trellis_encoder", &trellis_encoder, "codes"_a, "planes"_a, "odd"_a, "half"_a, "unbiased"_a, "factor"_a, "signs"_a,
+        "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
   m.def("uniform_encoder", &uniform_encoder, "codes"_a, "planes"_a, "symmetric"_a, nb::rv_policy::take_ownership);
   m.def("dense_encoder", &dense_encoder, "codes"_a, "planes"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_blocks, "encoder"_a, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a, "threads"_a);

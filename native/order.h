@@ -79,13 +79,15 @@ template <int BITS>
 void pack_words(Order order, int d, const uint8_t* rows, uint8_t* out) {
   for (int t = 0; t < BLOCK; t++) {
     uint64_t bits = 0;
-    int held = 0, k = 0;
-    for (int c = 0; c < d; c++) {
-      bits = bits << BITS | rows[t * d + c];
-      if ((held += BITS) < 32) continue;
-      held -= 32;
-      const uint32_t word = uint32_t(bits >> held);
-      std::memcpy(out + word_at(order, d * BITS / 32, t, k++), &word, 4);
+    for (int c = 0, held = 0, k = 0; c < d; c += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, rows + t * d + c, 8);
+      const uint64_t closed = closed_up<BITS>(__builtin_bswap64(eight)) & ((uint64_t(1) << 8 * BITS) - 1);
+      bits = bits << 8 * BITS | closed, held += 8 * BITS;
+      for (; held >= 32; held -= 32, k++) {
+        const uint32_t word = uint32_t(bits >> (held - 32));
+        std::memcpy(out + word_at(order, d * BITS / 32, t, k), &word, 4);
+      }
     }
   }
 }
@@ -109,9 +111,9 @@ void unpack_words(Order order, int d, const uint8_t* codes, uint8_t* rows) {
 template <int BITS>
 void pack_codes(Order order, int d, const uint8_t* bytes, uint8_t* out) {
   const int units = BLOCK * d / 512;
-  if (in_words(order)) {
-    pack_words<BITS>(order, d, bytes, out);
-  } else if (order != Order::linear) {
+  if constexpr (BITS < 8)
+    if (in_words(order)) return pack_words<BITS>(order, d, bytes, out);
+  if (order != Order::linear) {
     for (int u = 0; u < units; u++) pack_unit<BITS>(bytes + 512 * u, out + 64 * BITS * u);
   } else if constexpr (BITS == 8) {
     std::memcpy(out, bytes, size_t(BLOCK) * d);
@@ -128,9 +130,9 @@ void pack_codes(Order order, int d, const uint8_t* bytes, uint8_t* out) {
 template <int BITS>
 void unpack_codes(Order order, int d, const uint8_t* codes, uint8_t* bytes) {
   const int units = BLOCK * d / 512;
-  if (in_words(order)) {
-    unpack_words<BITS>(order, d, codes, bytes);
-  } else if (order != Order::linear) {
+  if constexpr (BITS < 8)
+    if (in_words(order)) return unpack_words<BITS>(order, d, codes, bytes);
+  if (order != Order::linear) {
     for (int u = 0; u < units; u++) unpack_unit<BITS>(codes + 64 * BITS * u, bytes + 512 * u);
   } else if constexpr (BITS == 8) {
     std::memcpy(bytes, codes, size_t(BLOCK) * d);

@@ -191,6 +191,24 @@ struct Vector {
     }
     return out;
   }
+  static INLINE Ints least(Ints a, Ints b) { return a < b ? a : b; }
+  // Drops the low byte of each lane of `all`, and appends that of `last` at its end.
+  static INLINE Ints bytes_in(Ints all, Ints last) { return (Ints)((Words)all >> 8 | (Words)last << 24); }
+  // sum + a * c + b * d: `pair` is a in the low 16 bits and b in the high ones, `other` c, which is positive, and d.
+  static INLINE Ints plus_pairs(Ints sum, int32_t pair, Ints other) {
+    return sum + (other & 0xffff) * int32_t(int16_t(pair)) + (other >> 16) * (pair >> 16);
+  }
+  // Lane i of each of the registers that `index` names.
+  static INLINE Ints gathered(const uint8_t* registers, Ints index) {
+    Ints out;
+    for (int i = 0; i < LANES; i++) std::memcpy(reinterpret_cast<uint8_t*>(&out) + 4 * i, registers + WIDTH * index[i] + 4 * i, 4);
+    return out;
+  }
+  static INLINE Ints from_bytes(const uint8_t* p) {
+    Ints out;
+    for (int i = 0; i < LANES; i++) out[i] = p[i];
+    return out;
+  }
   static INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
   static INLINE Ints count(Ints level, Floats x, Floats threshold) { return level - (Ints)(x > threshold); }
   static INLINE Ints flip(Ints level, Floats sign, Ints mask) { return level ^ ((Ints)(sign < Floats{}) & mask); }

@@ -14,7 +14,7 @@ import torch
 from tersekv.codecs.trellis import HALF
 from tersekv.ops.trellis import STATES, Trellis, viterbi, walk
 
-ROUNDS, STARTS, VECTORS, D = 30, 32, 6000, 64
+ROUNDS, STARTS, VECTORS, D = 200, 4, 3000, 128
 FINE = 1 / 256  # entries move in finer steps than they have in the end
 
 
@@ -45,7 +45,7 @@ def design(bits: int, generator: torch.Generator) -> Trellis:
 
 def best(bits: int) -> Trellis:
     generator = torch.Generator().manual_seed(bits)
-    other = torch.randn(2 * VECTORS, 2 * D, generator=generator)
+    other = torch.randn(4 * VECTORS, D, generator=generator)
     found = []
     for _ in range(STARTS):
         trellis = design(bits, generator)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane
-from tersekv.ops import Pages
+from tersekv.ops import Pages, native
 from tersekv.ops.planes import read, read_codes, to_bytes
-from tersekv.ops import native
 from tersekv.ops.recipe import Dense, Grid
 from tersekv.ops.trellis import STATES, Trellis, walk
 from tersekv.packed import Packed, repack

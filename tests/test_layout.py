@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tersekv import SpecError, layout, parse
-from tersekv.layout import Layout, Plane
+from tersekv.layout import BLOCK, Layout, Plane
 from tersekv.ops.planes import log8_codes, log8_values, pack_codes, read_codes, unpack_codes
-from tersekv.packed import repack
+from tersekv.ops.trellis import walk
+from tersekv.packed import Packed, repack
 from tersekv.testing import sample
 
 
@@ -85,3 +86,19 @@ def test_log8_rounds_to_the_nearest_step() -> None:
 def test_head_dim_must_end_on_a_byte(d: int) -> None:
     with pytest.raises(SpecError, match=f"head_dim {d}"):
         parse("terse4").k.layout(d)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_words_of_a_trellis_end_with_its_states(bits: int, side: str) -> None:
+    """Joined from the highest word on, a token's words are its codes as one number; a state is eight bits of it."""
+    codes = torch.randint(0, 2**bits, (1, BLOCK, 96), dtype=torch.uint8)
+    plain = Layout(96, (Plane("codes", BLOCK, 96, bits),))
+    stored = repack(Packed.assemble(plain, {"codes": pack_codes(codes.flatten(-2), bits)}), f"trellis_{side}")
+    words = stored.plane("codes").numpy().view(np.uint32)
+    fours = words.reshape(16, -1, 4).transpose(0, 2, 1)
+    words = words.reshape(-1, BLOCK).T if side == "k" else fours.reshape(BLOCK, -1)
+    for token in (0, 5, 63):
+        stream = int("".join(f"{word:032b}" for word in words[token]), 2)
+        states = [stream >> bits * (95 - i) & 255 for i in range(96)]
+        assert states == walk(codes[0, token], bits).tolist()

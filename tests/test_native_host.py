@@ -49,7 +49,7 @@ def test_ops_run_the_kernels() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("spec", ["terse4", "terse3", "k=intn:bits=8,axis=channel v=none"])
+@pytest.mark.parametrize("spec", ["terse4", "terse3", "trellis:bits=2", "k=intn:bits=8,axis=channel v=none"])
 def test_transformers_decodes_with_the_kernels(
     spec: str, any_model: PreTrainedModel, ids: Tensor, request: pytest.FixtureRequest
 ) -> None:
@@ -74,7 +74,7 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ("direction", "recipe grid, channels first: they read dense and grid"),
+        ("direction", "recipe grid, channels first: they read dense, grid and trellis"),
         ("direction:codebook=shared", ""),
         ("turboquant", ""),
         ("turboquant:form=prod", "recipe grid + grid"),
@@ -83,7 +83,8 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("qjl:bits=1", ""),
         ("qjl", "128 codes a token: they read one for each of the 64 channels"),
         ("twoaxis", ""),
-        ("trellis", "recipe trellis"),
+        ("trellis", ""),
+        ("trellis:bits=4", ""),
         ("kvquant", "recipe grid with outliers"),
         ("kvquant:outliers=0", ""),
         ("kivi", "plane channel_scale is in groups"),

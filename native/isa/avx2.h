@@ -104,6 +104,14 @@ struct Isa : Vector {
     return (Floats)butterfly<4>(x, _mm256_permute2f128_ps(x, x, 1));
   }
   static INLINE Quad halved(const Floats x[4]) { return (Quad)quad_halved(reinterpret_cast<const __m256*>(x)); }
+  static INLINE Ints least(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+  static INLINE Ints plus_pairs(Ints sum, int32_t pair, Ints other) {
+#ifdef __AVXVNNI__
+    return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)other, _mm256_set1_epi32(pair));
+#else
+    return sum + (Ints)_mm256_madd_epi16((__m256i)other, _mm256_set1_epi32(pair));
+#endif
+  }
   static INLINE void store_words(uint8_t* p, const Ints code[4]) {
     const __m256i ab = _mm256_packus_epi32((__m256i)code[0], (__m256i)code[1]);
     const __m256i all = _mm256_packus_epi16(ab, _mm256_packus_epi32((__m256i)code[2], (__m256i)code[3]));

@@ -79,6 +79,7 @@ struct Isa : Vector {
     x = (Floats)vrev64q_f32((float32x4_t)x) + x * first;  // the products are exact
     return (Floats)vextq_f32((float32x4_t)x, (float32x4_t)x, 2) + x * second;
   }
+  static INLINE Ints least(Ints a, Ints b) { return (Ints)vminq_s32((int32x4_t)a, (int32x4_t)b); }
   static INLINE void store_words(uint8_t* p, const Ints code[4]) {
     const uint16x8_t ab = vcombine_u16(vmovn_u32((uint32x4_t)code[0]), vmovn_u32((uint32x4_t)code[1]));
     const uint16x8_t cd = vcombine_u16(vmovn_u32((uint32x4_t)code[2]), vmovn_u32((uint32x4_t)code[3]));

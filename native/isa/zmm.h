@@ -138,6 +138,18 @@ struct Zmm : Vector {
     const __mmask16 negative = _mm512_cmp_ps_mask((__m512)sign, _mm512_setzero_ps(), _CMP_LT_OQ);
     return (Ints)_mm512_mask_xor_epi32((__m512i)level, negative, (__m512i)level, (__m512i)mask);
   }
+  static INLINE Ints least(Ints a, Ints b) { return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+  static INLINE Ints bytes_in(Ints all, Ints last) { return (Ints)_mm512_shrdi_epi32((__m512i)all, (__m512i)last, 8); }
+  static INLINE Ints plus_pairs(Ints sum, int32_t pair, Ints other) {
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)other, _mm512_set1_epi32(pair));
+  }
+  static INLINE Ints gathered(const uint8_t* registers, Ints index) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Ints)_mm512_i32gather_epi32(_mm512_add_epi32(_mm512_slli_epi32((__m512i)index, 4), lane), registers, 4);
+  }
+  static INLINE Ints from_bytes(const uint8_t* p) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static INLINE void store_words(uint8_t* p, const Ints code[4]) {
     const __m512i ab = _mm512_packus_epi32((__m512i)code[0], (__m512i)code[1]);
     const __m512i all = _mm512_packus_epi16(ab, _mm512_packus_epi32((__m512i)code[2], (__m512i)code[3]));

@@ -32,6 +32,16 @@ Encoder table(int d, int bits, bool rotated, bool unbiased, Kind kind) {
   return e;
 }
 
+Encoder trellis(int d, int bits, bool rotated, bool unbiased, Kind kind) {
+  Encoder e = table(d, bits, rotated, unbiased, kind);
+  e.method = Method::trellis, e.per_unit = 72;
+  for (int i = 0; i < 256; i++) {
+    const int odd = 37 * (i & 127) % 128 * 2 - 127;
+    e.odd[i] = int16_t(i < 128 ? odd : -odd), e.centroids[i] = float(e.odd[i]) / 36;
+  }
+  return e;
+}
+
 Encoder uniform(int d, int bits, bool by_channel, bool symmetric) {
   Encoder e;
   e.method = Method::uniform, e.d = d, e.bits = bits;
@@ -54,6 +64,7 @@ std::vector<Encoder> encoders(int d) {
   for (int bits : {1, 2, 3, 4, 8}) {
     all.push_back(table(d, bits, false, false, Kind::fp16));
     all.push_back(table(d, bits, true, true, Kind::log8));
+    if (bits < 8 && d % 32 == 0 && d <= 128) all.push_back(trellis(d, bits, bits % 2, bits < 3, Kind::log8));
     for (int how = 0; how < 4 && bits > 1; how++) all.push_back(uniform(d, bits, how & 1, how & 2));
   }
   return all;
@@ -90,8 +101,10 @@ int run() {
   std::mt19937 random(1);
   for (int d : {16, 64, 80, 96, 128, 512})
     for (Encoder& e : encoders(d))
-      for (Order order : {Order::linear, Order::simd_k, Order::simd_v})
-        for (int round = 0; round < 14; round++, cases++) {
+      for (Order order : {Order::linear, Order::simd_k, Order::simd_v, Order::trellis_k, Order::trellis_v})
+        for (int round = 0; round < 14; round++) {
+          if (in_words(order) != (e.method == Method::trellis && order != Order::linear)) continue;
+          cases++;
           e.order = order;
           const Kind kind = round < 12 ? Kind::fp32 : round == 12 ? Kind::fp16 : Kind::bf16;
           Guarded<uint8_t> in(values(d, kind, round, random));

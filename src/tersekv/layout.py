@@ -86,7 +86,7 @@ def simd_v(plane: Plane) -> np.ndarray:
 
 
 def _words(plane: Plane, word: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Each token's codes as one stream, the highest bit first, cut into words of 32 bits, of which the last is lowest."""
+    """Each token's codes as one stream, the highest bit of each first, in words of 32 bits, filled from the top."""
     place = 32 * word + 31 - np.arange(32)
     channel, bit = place // plane.bits, plane.bits - 1 - place % plane.bits
     return ((token * plane.cols + channel) * plane.bits + bit).ravel()
@@ -165,7 +165,8 @@ UNIT = {"simd": 16, "trellis": 32, "mma": 64}  # channels that an order holds to
 def fits(plane: Plane, order: str) -> bool:
     """Whether a plane of codes can be stored in an order."""
     family, _, side = order.partition("_")
-    whole = plane.rows == BLOCK and plane.bits in SIMD_BITS and plane.cols % UNIT.get(family, 1) == 0
+    known = plane.bits in (SIMD_BITS[:-1] if family == "trellis" else SIMD_BITS)
+    whole = plane.rows == BLOCK and known and plane.cols % UNIT.get(family, 1) == 0
     return not side or whole
 
 

@@ -35,7 +35,10 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of these is a case. `heads`: query heads / KV heads, such as 32/8."""
+    """Every combination of these is a case. `heads`: query heads / KV heads, such as 32/8.
+
+    `bits` are those of `rotated`, `trellis_bits` those of `trellis`.
+    """
 
     name: str = "main"
     bits: tuple[int, ...] = (4, 3, 2)
@@ -44,10 +47,19 @@ class Grid:
     tokens: tuple[int, ...] = (32_768,)
     new_tokens: tuple[int, ...] = (1,)
     rounds: int = 11
+    trellis_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not set(self.trellis_bits) <= {1, 2, 3, 4}:
+            raise InputError(f"trellis_bits {self.trellis_bits}: bits of 1, 2, 3 and 4.")
         if self.rounds < 1 or not set(self.bits) <= {1, 2, 3, 4, 8} or not self.bits:
             raise InputError(f"bits {self.bits}, rounds {self.rounds}: bits of 1, 2, 3, 4, 8, and at least one round.")
+
+    def specs(self) -> dict[str, str]:
+        """What takes part of ours, by the names in tables."""
+        return {f"{bits} bits": f"rotated:bits={bits}" for bits in self.bits} | {
+            f"{bits} bits trellis": f"trellis:bits={bits}" for bits in self.trellis_bits
+        }
 
     def cases(self) -> list[Case]:
         found = []
@@ -120,7 +132,7 @@ def attend(
             for case in grid.cases():
                 label = f"{grid.name}: d={case.d} {case.hq}/{case.h} t={case.t:,}"
                 drawn, short = draw(case), draw(replace(case, t=REHEARSED))
-                found, rehearsed = (all_of(one, list(grid.bits), chosen, threads, kernel) for one in (drawn, short))
+                found, rehearsed = (all_of(one, grid.specs(), chosen, threads, kernel) for one in (drawn, short))
                 report = _reporter(stages, label)
                 report(0.0)
                 prepare = Prepare(cold, {one.name: one.run for one in rehearsed})

@@ -48,12 +48,12 @@ class Contestant:
         return found
 
 
-def ours(drawn: Drawn, bits: int, isas: list[str], attend: Kernel) -> Iterator[Contestant]:
+def ours(drawn: Drawn, title: str, text: str, isas: list[str], attend: Kernel) -> Iterator[Contestant]:
     """Packed pages: on every instruction set in 8-bit integers; on the first one also scattered, and in fp32.
 
     As the host calls it: what the pages are is checked once, queries and outputs are rotated in the call.
     """
-    spec, scale = parse(f"rotated:bits={bits}"), drawn.case.scale
+    spec, scale = parse(text), drawn.case.scale
     in_order, said = packed(drawn, spec.k, spec.v)
     best, *others = isas
     ways = [("", in_order, False, best), (" scattered", scattered(in_order), False, best)]
@@ -65,7 +65,7 @@ def ours(drawn: Drawn, bits: int, isas: list[str], attend: Kernel) -> Iterator[C
             return attend(drawn.q, part, scale, in_fp32, isa)[0]
 
         bound, truth = BOUNDS["exact" if in_fp32 else "int8"], partial(_folded_truth, drawn, spec)
-        yield Contestant(f"{bits} bits{name}", "ours", pages.pool.nbytes, run, bound, lambda: said, truth)
+        yield Contestant(title + name, "ours", pages.pool.nbytes, run, bound, lambda: said, truth)
 
 
 def _folded_truth(drawn: Drawn, spec: Spec, k: Tensor, v: Tensor) -> Tensor:
@@ -107,8 +107,10 @@ def of_llama_cpp(drawn: Drawn, threads: int) -> Iterator[Contestant]:
         yield Contestant(f"llama.cpp {kind}", "llama.cpp", call.nbytes, call, bound, call.stored, truth)
 
 
-def all_of(drawn: Drawn, bits: list[int], isas: list[str], threads: int, attend: Kernel | None) -> list[Contestant]:
+def all_of(
+    drawn: Drawn, specs: dict[str, str], isas: list[str], threads: int, attend: Kernel | None
+) -> list[Contestant]:
     """Everyone who can take part; see `ggml.absent` for who cannot. `attend` stands in for our kernel in tests."""
-    found = [one for width in bits for one in ours(drawn, width, isas, attend or native.attend_part)]
+    found = [one for item in specs.items() for one in ours(drawn, *item, isas, attend or native.attend_part)]
     found += of_torch(drawn)
     return found if ggml.absent() else [*found, *of_llama_cpp(drawn, threads)]

@@ -15,6 +15,7 @@ from tersekv import edge, ops
 from tersekv.codec import Codec
 from tersekv.codecs.lloydmax import LloydMax
 from tersekv.codecs.rotated import Rotated
+from tersekv.codecs.trellis import TrellisCodec
 from tersekv.errors import TersekvError
 from tersekv.layout import BLOCK, Layout
 from tersekv.ops import native
@@ -71,7 +72,9 @@ def _native(x: torch.Tensor, bits: int) -> dict[str, Callable[[], Any]]:
     """The C++ encoders, where they are built, into pages that are there already. Bytes must be the reference's."""
     if native.missing():
         return {}
-    codecs = {"lloydmax": LloydMax(bits), "rotated with block mean": Rotated(bits, mean="block")}
+    codecs: dict[str, Codec] = {"lloydmax": LloydMax(bits), "rotated with block mean": Rotated(bits, mean="block")}
+    if bits <= 4:
+        codecs["trellis with block mean"] = TrellisCodec(bits, mean="block")
     encoders: dict[str, Callable[[], Any]] = {}
     for dtype, note in ((torch.float32, ""), (torch.bfloat16, BF16)):
         values = x.to(dtype)

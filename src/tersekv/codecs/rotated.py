@@ -22,7 +22,7 @@ from torch import Tensor
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
-from tersekv.ops.encoders import TableEncoder
+from tersekv.ops.encoders import Encoder, TableEncoder
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
 from tersekv.ops.recipe import Grid, Recipe
@@ -62,7 +62,7 @@ class Rotated(Codec):
     def recipe(self, d: int) -> Recipe:
         return Grid(tuple(table(self.bits, d).tolist()))
 
-    def encoder(self, d: int) -> TableEncoder | None:
+    def encoder(self, d: int) -> Encoder | None:
         return TableEncoder(
             thresholds=tuple(lloyd_max(self.bits, d)[1].tolist()),
             centroids=tuple(table(self.bits, d).tolist()),

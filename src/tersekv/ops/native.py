@@ -79,8 +79,7 @@ def reads(pages: Pages) -> bool:
         return False
     sides = ((pages.k_layout, pages.k_recipe, "k"), (pages.v_layout, pages.v_recipe, "v"))
     return all(
-        refusal(layout, recipe) is None and layout.order == _order(recipe, side)
-        for layout, recipe, side in sides
+        refusal(layout, recipe) is None and layout.order == _order(recipe, side) for layout, recipe, side in sides
     )
 
 

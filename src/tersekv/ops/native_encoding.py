@@ -10,7 +10,7 @@ from torch import Tensor
 from tersekv.errors import InputError
 from tersekv.layout import BLOCK, Layout
 from tersekv.ops import native
-from tersekv.ops.encoders import DenseEncoder, Encoder, TableEncoder
+from tersekv.ops.encoders import DenseEncoder, Encoder, TrellisEncoder, UniformEncoder
 from tersekv.ops.planes import log8_edges
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
@@ -46,11 +46,15 @@ def _encoder(encoder: Encoder, layout: Layout) -> Any:
     planes = [native._plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     if isinstance(encoder, DenseEncoder):
         return native._native.dense_encoder((layout.d, 0, "linear", 0, layout.nbytes), planes)
-    if not isinstance(encoder, TableEncoder):
+    if isinstance(encoder, UniformEncoder):
         return native._native.uniform_encoder(_codes(layout), planes, encoder.symmetric)
     values, edges = log8_edges()
-    table = list(encoder.thresholds), list(encoder.centroids), encoder.unbiased, encoder.factor, list(encoder.signs)
-    return native._native.table_encoder(_codes(layout), planes, *table, edges.tolist(), values[1].item() / 2)
+    scale = encoder.unbiased, encoder.factor, list(encoder.signs), edges.tolist(), values[1].item() / 2
+    if isinstance(encoder, TrellisEncoder):
+        trellis = list(encoder.recipe.odd), encoder.recipe.half
+        return native._native.trellis_encoder(_codes(layout), planes, *trellis, *scale)
+    table = list(encoder.thresholds), list(encoder.centroids)
+    return native._native.table_encoder(_codes(layout), planes, *table, *scale)
 
 
 def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
@@ -60,7 +64,13 @@ def _codes(layout: Layout) -> tuple[int, int, str, int, int]:
 def repacks(packed: Packed, order: str) -> bool:
     """Whether `repack` can run: codes in memory, in a width that has another order."""
     layout = packed.layout
-    known = "codes" in layout and {layout.order, order} <= set(ORDERS) and layout.takes("simd_k") and layout.takes(order) and _fits(layout.d)
+    known = (
+        "codes" in layout
+        and {layout.order, order} <= set(ORDERS)
+        and layout.takes("simd_k")
+        and layout.takes(order)
+        and _fits(layout.d)
+    )
     return known and packed.data.device.type == "cpu" and sum(p.kind == "code" for p in layout.planes) == 1
 
 

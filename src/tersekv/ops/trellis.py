@@ -27,7 +27,7 @@ UNREACHED = 2**30  # a cost above those of all walks
 class Trellis:
     """Plane "codes" holds `bits` a value; then as `grid`, with a scale a token and a zero a channel.
 
-    `odd`: entries of the states 0..127 in units of `half`, odd integers from -127 to 127. State s + 128 negates that of s.
+    `odd`: entries of the states 0..127 in units of `half`, odd integers -127..127. State s + 128 negates that of s.
     """
 
     odd: tuple[int, ...]
@@ -69,7 +69,7 @@ def viterbi(z: Float[Tensor, "*lead d"], recipe: Trellis) -> UInt8[Tensor, "*lea
 def _viterbi(w: Tensor, recipe: Trellis) -> Tensor:
     """`w` (d, rows). A state's predecessors differ in the bits that fall out, the state's fork: costs' leading index.
 
-    A cost is a multiple of `forks`, plus the fork of its state: of equal ones the lower fork is less, and is found with it.
+    A cost is a multiple of `forks`, plus the fork of its state: the least of costs names its fork, the lower of equals.
     """
     d, rows = w.shape
     forks, heads = 2**recipe.bits, STATES // 2**recipe.bits
