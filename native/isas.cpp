@@ -60,6 +60,15 @@ const std::vector<Choice>& choices() {
   return all;
 }
 
+bool asks_for_first_level() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return !intel;
+#else
+  return true;
+#endif
+}
+
 const Kernels& choose(const std::string& name) {
   std::string names;
   for (const Choice& choice : choices()) {

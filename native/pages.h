@@ -69,6 +69,7 @@ struct Job {
   int first_row;    // of this job among the rows of its KV head
   float scale;
   bool exact;       // fp32 look-ups and products instead of int8
+  bool first_level;  // the cache into which memory is asked for; otherwise the second
 };
 
 }  // namespace tersekv

@@ -171,13 +171,13 @@ class Run {
   // All strips together ask for each line of a page once. The three parts of a strip's work do so in proportion to the
   // time that they take: scores two fifths, softmax one, sums of values two.
   Ahead ahead(const Block& block, int part, int r) const {
-    if (!block.ahead) return {nullptr, 0};
+    if (!block.ahead) return {nullptr, 0, false};
     const int strip = r / Isa::STRIP, fifths = 5 * ((job_.rows + Isa::STRIP - 1) / Isa::STRIP);
     const int lines = int((job_.tokens.page_bytes + 127) / 64);  // a page may begin in the middle of one
     const int from = lines * (5 * strip + part + (part > 0)) / fifths;
     const int to = lines * (5 * strip + 2 + part + (part == 2)) / fifths;
     const int left = job_.rows - r, steps = part != 1 ? d_ / 8 : left < Isa::STRIP ? left : Isa::STRIP;
-    return {block.ahead + 64 * from, (256 * (to - from) + steps - 1) / steps};
+    return {block.ahead + 64 * from, (256 * (to - from) + steps - 1) / steps, job_.first_level};
   }
 
   void read_planes(Block& block) {
@@ -229,9 +229,9 @@ class Run {
                            Ahead& ahead) {
     uint8_t* bytes = job_.rows <= Isa::STRIP ? of_all : of_block;
     if (r) return bytes;
-    const Ahead first{ahead.at, (ahead.each + 1) / 2};
+    const Ahead first{ahead.at, (ahead.each + 1) / 2, ahead.first_level};
     LOOK_UP_TRELLIS[int8][s.bits - 1](s.levels[0], &s == job_.k, codes + s.codes, first, d_, bytes);
-    ahead = {first.at + VECTOR * (d_ / 8 * first.each >> 8), first.each};
+    ahead = {first.at + VECTOR * (d_ / 8 * first.each >> 8), first.each, first.first_level};
     return bytes;
   }
 

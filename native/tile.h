@@ -80,13 +80,15 @@ INLINE int32_t four(const int8_t* p) {
 }
 
 // Lines of a page that is read later, asked for a few at a time: memory has its own time to answer, and pages lie where
-// the table says, which no hardware foresees. Into the first cache: a hint for the second one is dropped where the address
-// is not translated yet (measured on a Zen 5), which is so for every new page.
+// the table says, which no hardware foresees.
 struct Ahead {
   const uint8_t* at;
   int each;  // 256ths of a line, a step
+  bool first_level;
   INLINE void operator()(int step) const {
-    for (int i = step * each >> 8; i < (step + 1) * each >> 8; i++) __builtin_prefetch(at + VECTOR * i, 0, 3);
+    for (int i = step * each >> 8; i < (step + 1) * each >> 8; i++)
+      if (first_level) __builtin_prefetch(at + VECTOR * i, 0, 3);
+      else __builtin_prefetch(at + VECTOR * i, 0, 2);
   }
 };
 

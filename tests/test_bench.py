@@ -69,7 +69,7 @@ def test_tables_have_a_row_for_everyone(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("spoil", [lambda out: 1.2 * out, lambda out: torch.full_like(out, torch.nan)])
 def test_a_wrong_kernel_is_not_timed(spoil: Any) -> None:
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = native.attend_pages(*arguments)
+        out, lse = native.attend_part(*arguments)
         return spoil(out), lse
 
     with pytest.raises(TersekvError, match=r"Parity gate: 3 bits is off by .* No timing\."):

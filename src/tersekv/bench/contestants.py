@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tersekv.bench import ggml
 from tersekv.bench.data import Drawn, error, exact, packed, scattered
 from tersekv.errors import TersekvError
-from tersekv.ops import Pages, native
+from tersekv.ops import native, pages_part
 from tersekv.spec import Spec, parse
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
@@ -48,17 +49,20 @@ class Contestant:
 
 
 def ours(drawn: Drawn, title: str, text: str, isas: list[str], attend: Kernel) -> Iterator[Contestant]:
-    """Packed pages: on every instruction set in 8-bit integers; on the first one also scattered, and in fp32."""
+    """Packed pages: on every instruction set in 8-bit integers; on the first one also scattered, and in fp32.
+
+    As the host calls it: what the pages are is checked once, queries and outputs are rotated in the call.
+    """
     spec, scale = parse(text), drawn.case.scale
     in_order, said = packed(drawn, spec.k, spec.v)
     best, *others = isas
     ways = [("", in_order, False, best), (" scattered", scattered(in_order), False, best)]
     ways += [(" exact", in_order, True, best), *((f" {isa}", in_order, False, isa) for isa in others)]
     for name, pages, in_fp32, isa in ways:
+        part = pages_part(pages, spec.k.rotation, spec.v.rotation)
 
-        def run(pages: Pages = pages, in_fp32: bool = in_fp32, isa: str = isa) -> Tensor:
-            out, _ = attend(spec.k.fold_query(drawn.q), pages, scale, in_fp32, isa)
-            return spec.v.unfold_output(out)
+        def run(part: Any = part, in_fp32: bool = in_fp32, isa: str = isa) -> Tensor:
+            return attend(drawn.q, part, scale, in_fp32, isa)[0]
 
         bound, truth = BOUNDS["exact" if in_fp32 else "int8"], partial(_folded_truth, drawn, spec)
         yield Contestant(title + name, "ours", pages.pool.nbytes, run, bound, lambda: said, truth)
@@ -107,6 +111,6 @@ def all_of(
     drawn: Drawn, specs: dict[str, str], isas: list[str], threads: int, attend: Kernel | None
 ) -> list[Contestant]:
     """Everyone who can take part; see `ggml.absent` for who cannot. `attend` stands in for our kernel in tests."""
-    found = [one for item in specs.items() for one in ours(drawn, *item, isas, attend or native.attend_pages)]
+    found = [one for item in specs.items() for one in ours(drawn, *item, isas, attend or native.attend_part)]
     found += of_torch(drawn)
     return found if ggml.absent() else [*found, *of_llama_cpp(drawn, threads)]

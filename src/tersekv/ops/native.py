@@ -160,7 +160,8 @@ def attend(
     _call(_native.attend, arrays, parts, scale, exact, isa, torch.get_num_threads(), array(out), end)
 
 
-def _attend_one(q: Tensor, part: Any, scale: float, exact: bool, isa: str) -> Partial:
+def attend_part(q: Tensor, part: Any, scale: float, exact: bool, isa: str = "") -> Partial:
+    """Of one part, in fp32: outputs as the queries, and their log-sum-exps."""
     out, lse = torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:-1], dtype=torch.float32)
     attend(q, [part], scale, exact, out, lse, isa)
     return out, lse
@@ -168,14 +169,14 @@ def _attend_one(q: Tensor, part: Any, scale: float, exact: bool, isa: str) -> Pa
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False, isa: str = "") -> Partial:
     """As `ops.attention.attend_pages`; codes of 1 to 4 bits are multiplied as int8 unless `exact`, and then as fp32."""
-    return _attend_one(q, pages_part(pages), scale, exact, isa)
+    return attend_part(q, pages_part(pages), scale, exact, isa)
 
 
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, padding: Tensor, causal: bool, isa: str = ""
 ) -> Partial:
     """Of tokens `padding` to `lengths` of each sequence; `causal`: the last n are the queries' own."""
-    return _attend_one(q, dense_part(k, v, lengths, padding, causal), scale, True, isa)
+    return attend_part(q, dense_part(k, v, lengths, padding, causal), scale, True, isa)
 
 
 def merge(parts: list[Partial]) -> Partial:
