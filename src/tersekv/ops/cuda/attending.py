@@ -21,9 +21,9 @@ LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
-SLOTS = range(3, 13)  # of a warp's ring
+SLOTS = range(3, 13)  # of a warp's ring; more of them only make copies wait for each other, and some SMs for long
 Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
-OVERHEAD = 3  # what a block costs besides its pages, in pages of a warp
+OVERHEAD, WAVE = 1, 4  # what a block costs besides its pages, and blocks that wait for others, in pages of a warp
 
 
 class Arguments(Structure):
@@ -108,7 +108,7 @@ def integers(pages: Pages) -> bool:
 
 @lru_cache
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
-    """The first shape of which a ring of three slots fits, with as many slots as fit."""
+    """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end."""
     groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
     heads, d, slot = 8 // groups, k.d, max(k.nbytes, v.nbytes)
     by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
@@ -118,10 +118,11 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
         shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
-        for slots in reversed(SLOTS):
-            total = warps * slots * (slot + 8) + shared + 16
-            if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
-                return Shape(d, groups, threads, blocks, slots, total)
+        sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
+        slots = next(count for count in SLOTS if warps * count * slot >= sums)
+        total = warps * slots * (slot + 8) + shared + 16
+        if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
+            return Shape(d, groups, threads, blocks, slots, total)
     raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no three slots of {slot} bytes.")
 
 
@@ -140,11 +141,15 @@ def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> st
 
 @lru_cache
 def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
-    """Into how many parts each row of pages is cut: fewest waves of fewest pages. Known without the lengths."""
+    """Into how many parts each row of pages is cut, known without the lengths.
+
+    What counts is the multiprocessor with most pages. One block on each serves memory as well as all that fit.
+    """
     at_once, warps = processors * how.blocks, how.threads // 32
 
     def cost(count: int) -> int:
-        return -(-tiles * count // at_once) * (-(-blocks // (count * warps)) + OVERHEAD)
+        fullest, waves = (-(-tiles * count // units) for units in (processors, at_once))
+        return fullest * (-(-blocks // (count * warps)) + OVERHEAD) + WAVE * waves
 
     return min(range(1, max(1, min(blocks // warps, at_once)) + 1), key=cost)
 
