@@ -76,6 +76,8 @@ def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
     [
         *((f"rotated:bits={bits}", 128, 4096) for bits in (1, 2, 3, 4, 8)),
         ("rotated:bits=4", 128, 64),
+        *(("rotated:bits=4", 64, rows) for rows in (64, 4096)),
+        ("rotated:bits=8", 64, 4096),
         ("rotated:bits=4", 256, 4096),
         ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
     ],

@@ -15,7 +15,7 @@ from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid, Recipe
 
 HEAD_DIMS = (64, 128, 256)
-LISTED_HEAD_DIM = 128  # of tables without equal steps, in chunk.cu: at 64 it is wrong, at 256 for Hopper alone
+LISTED_HEAD_DIMS = (64, 128)  # of tables without equal steps, in chunk.cu: at 256 it is for Hopper alone
 ORDERS = {"k": "mma_k", "v": "mma_v"}
 LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
@@ -76,8 +76,8 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"recipe {recipe.name}: the CUDA kernels read grid."
     if not layout.takes("mma_k"):
         return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
-    if listed(recipe.table) and layout.d != LISTED_HEAD_DIM:
-        return f"8 bits of unequal steps at head dim {layout.d}: the CUDA kernels read them at 128."
+    if listed(recipe.table) and layout.d not in LISTED_HEAD_DIMS:
+        return f"8 bits of unequal steps at head dim {layout.d}: the CUDA kernels read them at 64 and 128."
     if layout.plane("codes").cols != layout.d:
         return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
