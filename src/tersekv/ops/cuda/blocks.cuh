@@ -12,6 +12,7 @@ struct Arguments {
   const float* tables;  // thresholds (HALF - 1) and sizes (HALF) of a table, edges of the logarithmic scale (254)
   u8* out;
   i64 stride;  // of the blocks in `out`
+  int ahead;   // blocks that are under way at a time
 };
 
 INLINE u16 to_half(float x) {
@@ -20,12 +21,17 @@ INLINE u16 to_half(float x) {
   return y;
 }
 
+INLINE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A logarithm that may be off by a part of a step says which two edges to compare with.
 INLINE u32 log8_code(float x, const float* edges) {
-  int below = 0;  // edges below x
-#pragma unroll
-  for (int step = 128; step; step /= 2)
-    if (below + step <= 254 && __ldg(edges + below + step - 1) < x) below += step;
-  return x >= LOG8_FLOOR ? below + 1 : 0;
+  const int guess = __float2int_rn(fmaf(log2_fast(x), 12.f, 142.f)), below = guess < 0 ? 0 : guess > 252 ? 252 : guess;
+  const float first = __ldg(edges + below), second = __ldg(edges + below + 1);
+  return x >= LOG8_FLOOR ? below + 1 + (first < x) + (second < x) : 0;
 }
 
 template <int KIND>

@@ -5,10 +5,9 @@
 
 constexpr int THREADS = BLOCK;
 constexpr int CHUNK = D < 128 ? D : 128;  // channels that registers hold
-constexpr bool WHOLE_ROW = D == CHUNK, HELD = false, MEAN = S::CHANNEL_ZERO.kind != NONE;
+constexpr bool HELD = D == CHUNK, MEAN = S::CHANNEL_ZERO.kind != NONE;
 constexpr int WIDTH = D + 4;                // of a token's row: eight of them meet no bank twice
-constexpr int CODE_BITS = S::BITS == 8 ? 8 : 4, WORDS = D * CODE_BITS / 32;
-constexpr int CODE_WIDTH = HELD ? WORDS + 1 : WIDTH;  // codes lie where values were: of all tokens, or of the same token
+constexpr int CODE_BITS = S::BITS == 8 ? 8 : 4;  // in shared memory, where a token's codes take the place of its values
 constexpr int MINE = D / THREADS;           // channels of a thread, when the mean is taken
 constexpr float WHOLE = 8388608.f;          // 2^23: added to an integer, it leaves that in the low bits
 
@@ -21,6 +20,9 @@ INLINE void load(const Arguments& a, Shared& s) {
   constexpr int PIECES = D * (INPUT == FP32 ? 4 : 2) / 16, ROWS = THREADS / PIECES;  // 16 bytes each; rows at a time
   const uint4* from = reinterpret_cast<const uint4*>(a.x) + i64(blockIdx.x) * BLOCK * PIECES + threadIdx.x;
   uint4* to = reinterpret_cast<uint4*>(s.y[threadIdx.x / PIECES]) + threadIdx.x % PIECES;
+  const u8* later = a.x + (i64(blockIdx.x) + a.ahead) * sizeof(uint4) * BLOCK * PIECES;
+  if (blockIdx.x + a.ahead < gridDim.x)
+    for (int i = 128 * threadIdx.x; i < sizeof(uint4) * BLOCK * PIECES; i += 128 * THREADS) prefetch(later + i);
 #pragma unroll 16
   for (int turn = 0; turn < PIECES; turn++) to[turn * ROWS * WIDTH / 4] = __ldg(from + turn * THREADS);
 }
@@ -43,7 +45,7 @@ INLINE void rotate(float* row, float (&y)[CHUNK]) {
 #pragma unroll
       for (int i = 0; i < CHUNK; i++) x[i] = minus(CHUNK * chunk + i) ? -x[i] : x[i];
       butterflies(x);
-      if constexpr (WHOLE_ROW)
+      if constexpr (HELD)
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) x[i] *= SIZE_ROOT;
     }
@@ -51,7 +53,7 @@ INLINE void rotate(float* row, float (&y)[CHUNK]) {
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) y[i] = x[i];
   }
-  if constexpr (ROTATED && !WHOLE_ROW)  // the last stride
+  if constexpr (ROTATED && !HELD)  // the last stride
 #pragma unroll 4
     for (int i = 0; i < CHUNK; i += 4) {
       float low[4], high[4];
@@ -119,31 +121,23 @@ INLINE float halved(float (&x)[LANES]) {
   }
 }
 
-// 16 neighbours of a token, from registers or from its row.
-INLINE void sixteen(const float* row, const float (&y)[CHUNK], int k, float (&x)[LANES]) {
-  if constexpr (HELD)
-#pragma unroll
-    for (int i = 0; i < LANES; i++) x[i] = y[LANES * k + i];
-  else numbers<FP32>(reinterpret_cast<const u8*>(row), LANES * k, x);
-}
-
-// |y|^2; the mean is taken off on the way.
+// |y|^2 of a token whose values are in registers or in its row; the mean is taken off, and the row holds what is left.
 INLINE float energy_of(const Shared& s, float* row, float (&y)[CHUNK]) {
   float sum[LANES] = {};
 #pragma unroll(HELD ? PARTS : 1)
   for (int k = 0; k < PARTS; k++) {
     float x[LANES];
-    sixteen(row, y, k, x);
+    if constexpr (HELD)
+#pragma unroll
+      for (int i = 0; i < LANES; i++) x[i] = y[LANES * k + i];
+    else numbers<FP32>(reinterpret_cast<const u8*>(row), LANES * k, x);
     if constexpr (MEAN) {
       float zero[LANES];
       numbers<FP32>(reinterpret_cast<const u8*>(s.zero), LANES * k, zero);
 #pragma unroll
       for (int i = 0; i < LANES; i++) x[i] -= zero[i];
-      if constexpr (!HELD) put(row + LANES * k, x);
-      else
-#pragma unroll
-        for (int i = 0; i < LANES; i++) y[LANES * k + i] = x[i];
     }
+    if constexpr (MEAN || HELD) put(row + LANES * k, x);
 #pragma unroll
     for (int i = 0; i < LANES; i++) sum[i] += x[i] * x[i];
   }
@@ -205,12 +199,12 @@ struct Coder {
 };
 
 // <y, entries> of a token whose norm is beyond fp32, so that every entry is the smallest positive one.
-INLINE float along_smallest(const float* row, const float (&y)[CHUNK], float smallest) {
+INLINE float along_smallest(const float* row, float smallest) {
   float along[LANES] = {};
-#pragma unroll(HELD ? PARTS : 1)
+#pragma unroll 1
   for (int k = 0; k < PARTS; k++) {
     float x[LANES];
-    sixteen(row, y, k, x);
+    numbers<FP32>(reinterpret_cast<const u8*>(row), LANES * k, x);
 #pragma unroll
     for (int i = 0; i < LANES; i++) along[i] += x[i] * smallest;
   }
@@ -218,15 +212,16 @@ INLINE float along_smallest(const float* row, const float (&y)[CHUNK], float sma
 }
 
 // A token's codes; returns <y, entries>. An entry has its value's sign, so that sizes are multiplied.
-INLINE float code(const float* row, const float (&y)[CHUNK], float unit, const float* table, u32* to) {
+INLINE float code(float* row, float unit, const float* table) {
   const Coder coder(table);
   float along[LANES] = {};
-  const float beyond = unit > 0 ? 0.f : along_smallest(row, y, __ldg(table + HALF - 1));  // before codes take its place
-#pragma unroll(HELD ? PARTS : 1)
+  const float beyond = unit > 0 ? 0.f : along_smallest(row, __ldg(table + HALF - 1));  // before codes take its place
+  u32* to = reinterpret_cast<u32*>(row);
+#pragma unroll 1
   for (int k = 0; k < PARTS; k++) {
     float x[LANES], term[LANES];
     u32 word[CODE_BITS / 2];
-    sixteen(row, y, k, x);
+    numbers<FP32>(reinterpret_cast<const u8*>(row), LANES * k, x);
 #pragma unroll
     for (int half = 0; half < 2; half++)
       if constexpr (CODE_BITS == 4) coder.few(x + 8 * half, unit, term + 8 * half, word + half);
@@ -264,13 +259,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(const Arguments a) 
   if constexpr (MEAN) {
     __syncthreads();
     take_mean(s, out);
+    __syncthreads();
   }
-  __syncthreads();
   const float energy = energy_of(s, row, y), norm = sqrtf(energy), unit = norm > 0 ? ROOT_D / norm : 0.f;
-  u32* codes = reinterpret_cast<u32*>(memory);
-  const float along = code(row, y, unit, a.tables, codes + threadIdx.x * CODE_WIDTH);
+  const float along = code(row, unit, a.tables);
   const float scale = !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f;
   store<S::SCALE.kind>(out + S::SCALE.offset, threadIdx.x, scale, a.tables + LEVELS - 1);
   __syncthreads();
-  pack_block({codes, CODE_WIDTH}, out);
+  pack_block({reinterpret_cast<const u32*>(memory), WIDTH}, out);
 }

@@ -1,6 +1,6 @@
 """Encoding and rotation on a GPU: what the kernels take, and how blocks reach them."""
 
-from ctypes import Structure, c_longlong, c_void_p
+from ctypes import Structure, c_int, c_longlong, c_void_p
 from functools import lru_cache
 from math import sqrt
 
@@ -24,7 +24,7 @@ EXACT = ("--fmad=false",)  # the reference rounds every product
 class Encoding(Structure):
     """As in `blocks.cuh`."""
 
-    _fields_ = (("x", c_void_p), ("tables", c_void_p), ("out", c_void_p), ("stride", c_longlong))
+    _fields_ = (("x", c_void_p), ("tables", c_void_p), ("out", c_void_p), ("stride", c_longlong), ("ahead", c_int))
 
 
 class Rotation(Structure):
@@ -47,11 +47,10 @@ def encode(encoder: Encoder, x: Float[Tensor, "*lead block d"], layout: Layout, 
     blocks, pages = x.detach().reshape(-1, BLOCK, layout.d).contiguous(), out.view(-1, out.shape[-1])
     if not len(blocks):
         return
-    device = x.device.index
-    run = kernel(text(encoder, layout, KINDS[x.dtype]), "encode", device, shared_bytes(encoder, layout), EXACT)
-    arguments = Encoding(
-        blocks.data_ptr(), tables(encoder, layout, device).data_ptr(), pages.data_ptr(), pages.stride(0)
-    )
+    device, used = x.device.index, shared_bytes(encoder, layout)
+    run, gpu = kernel(text(encoder, layout, KINDS[x.dtype]), "encode", device, used, EXACT), limits(device)
+    pointers = blocks.data_ptr(), tables(encoder, layout, device).data_ptr(), pages.data_ptr()
+    arguments = Encoding(*pointers, pages.stride(0), gpu.processors * (gpu.sm_bytes // (used + 1024)))
     run((len(blocks), 1, 1), BLOCK if isinstance(encoder, TableEncoder) else 256, arguments)
 
 
