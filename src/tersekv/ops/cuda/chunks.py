@@ -141,12 +141,4 @@ def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
     numbers = (pages.pool.stride(0), rows, blocks, parts, tiles, b * h, scale * LOG2E)
     if rows and b:
         run((b * h * tiles * parts, 1, 1), how.threads, Arguments(*pointers, *numbers))
-    return _joined(list(zip(out, lse, strict=True)))
-
-
-def _joined(parts: list[Partial]) -> Partial:
-    most = joining.MOST_PARTS
-    while len(parts) > 1:
-        groups = [parts[i : i + most] for i in range(0, len(parts), most)]
-        parts = [joining.merge(group) if len(group) > 1 else group[0] for group in groups]
-    return parts[0]
+    return joining.merge(list(zip(out, lse, strict=True)))
