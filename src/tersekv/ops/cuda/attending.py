@@ -160,8 +160,12 @@ def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> t
     gpu = limits(device)
     how = shape(pages[0], pages[1], rows, gpu)
     tiles = -(-rows // (8 // how.groups))
-    run = kernel(text(*pages, how), "attend", device, how.shared_bytes)
-    return run, how, tiles, splits(sequences * tiles, blocks, how, gpu.processors)
+    parts = splits(sequences * tiles, blocks, how, gpu.processors)
+    # Where each block is to have a multiprocessor of its own, two that share one would take twice as long. Beside blocks of
+    # other launches the GPU does place them so, unless there is no memory for two.
+    alone = gpu.sm_bytes // 2 if sequences * tiles * parts <= gpu.processors else 0
+    run = kernel(text(*pages, how), "attend", device, max(how.shared_bytes, min(alone, gpu.block_bytes)))
+    return run, how, tiles, parts
 
 
 @dataclass(frozen=True)
