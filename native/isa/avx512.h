@@ -1,4 +1,4 @@
-// AVX-512 with VBMI (byte permutes) and VNNI (dot products of bytes): Ice Lake, Zen 4 and newer.
+// AVX-512 with VBMI (byte permutes), VBMI2 (shifts across words) and VNNI (dot products of bytes): Ice Lake, Zen 4 and newer.
 #pragma once
 #include <immintrin.h>
 
