@@ -8,7 +8,7 @@ DEV := .venv/installed-for-development
 PEERS := .venv/installed-for-comparison
 SOURCES := pyproject.toml constraints.txt $(wildcard native/*.* native/isa/*)
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench sanitize
 
 demo: $(DEMO)
 	$(BIN)/tersekv try
@@ -25,6 +25,16 @@ lint: $(DEV)
 bench: $(PEERS)
 	$(BIN)/tersekv bench encode
 	$(BIN)/tersekv bench attend
+
+# On a machine with a GPU and CUDA's compute-sanitizer: small cases of our kernels, and of no other's.
+OURS := attend encode merge rotate repack
+SMALL := (test_pages and zeros) or every_group or dense_attention or number_of_parts or any_precision or bit_for_bit or repack_is
+sanitize:
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 $(OURS:%=--kernel-name kernel_substring=%) \
+	    $(BIN)/python -m pytest -m gpu -n 0 -q tests/test_cuda_attend.py tests/test_cuda_chunk.py tests/test_cuda_encode.py \
+	    tests/test_cuda_host.py -k "$(SMALL)" || exit 1; \
+	done
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -24,7 +24,7 @@ const EncodeKernels& encode_kernels(const std::string& isa) {
   const std::string name = choose(isa).name;
 #if defined(TERSEKV_PORTABLE)
 #elif defined(__x86_64__)
-  if (name == "avx512") return avx512::encode_kernels;
+  if (name == "amx" || name == "avx512") return avx512::encode_kernels;
   if (name == "avxvnni") return avxvnni::encode_kernels;
   if (name == "avx2") return avx2::encode_kernels;
 #elif defined(__aarch64__)

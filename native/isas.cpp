@@ -2,8 +2,11 @@
 
 #include <stdexcept>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace tersekv {
@@ -12,7 +15,7 @@ namespace tersekv {
 HAVE(portable)
 #if defined(TERSEKV_PORTABLE)
 #elif defined(__x86_64__)
-HAVE(avx512) HAVE(avxvnni) HAVE(avx2)
+HAVE(amx) HAVE(avx512) HAVE(avxvnni) HAVE(avx2)
 #elif defined(__aarch64__)
 HAVE(neon)
 #endif
@@ -27,6 +30,18 @@ bool has_avxvnni() {
   unsigned a = 7, b, c = 1, d;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   return a >> 4 & 1;
+}
+
+// The matrix unit: leaf 7, edx bits 24 (tiles) and 25 (bytes). Its registers are large, so Linux wants to be asked.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 7, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return (d >> 24 & 3) == 3 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
 }
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_dotprod() { return getauxval(AT_HWCAP) & (1ul << 20); }
@@ -43,6 +58,7 @@ std::vector<Choice> find() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+  all.push_back({&amx::kernels, avx2 && avx512 && has_amx(), "AVX-512 and AMX for bytes, on Linux"});
   all.push_back({&avx512::kernels, avx2 && avx512, "AVX-512 with VBMI, VBMI2 and VNNI"});
   all.push_back({&avxvnni::kernels, avx2 && has_avxvnni(), "AVX2 and AVX-VNNI"});
   all.push_back({&avx2::kernels, avx2, "AVX2, FMA and F16C"});

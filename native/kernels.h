@@ -6,6 +6,7 @@ namespace tersekv {
 
 constexpr int ROWS = 64;   // query rows of one job, at most: their sums stay in the second-level cache
 constexpr int STRIP = 4;   // query rows that share one pass over a block, at most
+constexpr int STRIPS = 4;  // strips that share one product of matrices, at most
 constexpr int TILE = 4;    // blocks that share one step of the running softmax, at most
 constexpr int LANES = 16;  // floats of the widest register
 constexpr int BLOCKS_AHEAD = TILE + 1;  // blocks after which a page is read that is asked for now
@@ -47,11 +48,18 @@ struct alignas(64) Strip {
   float mixed[STRIP * MAX_HEAD_DIM];
 };
 
+// Products of matrices on their way from and to strips.
+struct alignas(64) Products {
+  int32_t sums[STRIPS * STRIP * MAX_HEAD_DIM];
+  int8_t weights[STRIPS * STRIP * BLOCK];
+};
+
 struct Scratch {
   Queries q;
   Sums sums;
   Block block[TILE];
-  Strip strip;
+  Strip strip[STRIPS];
+  Products products;
   const float* log8;  // what the 256 codes of a logarithmic scale stand for
 };
 

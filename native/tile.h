@@ -192,15 +192,17 @@ void mix_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, c
     }
 }
 
-// Looked-up levels of a whole block, in the order of its codes: worth it when many query rows share them.
+// Levels of a whole block, in the order of its codes: worth it when many query rows share them.
 template <int BITS>
-void look_up_block(const uint8_t* levels, const uint8_t* codes, int units, uint8_t* out) {
+void look_up_block(const uint8_t* levels, bool, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
   const Levels<BITS> look_up(levels);
-  for (int u = 0; u < units; u++)
+  for (int u = 0; u < d / 8; u++) {
+    ahead(u);
     for (int part = 0; part < PARTS; part++) {
       const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
       for (int f = 0; f < 8; f++) Isa::store(out + (8 * u + f) * VECTOR + part * Isa::WIDTH, look_up(unit, f));
     }
+  }
 }
 
 }  // namespace tersekv::TERSEKV_ISA

@@ -70,14 +70,22 @@ struct SignedLevels {
 
 // The windows themselves, for a table of floats.
 struct Windows {
-  explicit Windows(const uint8_t*) {}
   INLINE Isa::Bytes operator()(Isa::Bytes window) const { return window; }
 };
 
 template <int BITS, class LookUp>
-void look_up_trellis(const uint8_t* levels, bool keys, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
-  const LookUp look_up(levels);
+void look_up_trellis(const LookUp& look_up, bool keys, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
   keys ? look_up_keys<BITS>(look_up, codes, ahead, d, out) : look_up_values<BITS>(look_up, codes, ahead, d, out);
+}
+
+template <int BITS>
+void trellis_levels(const uint8_t* levels, bool keys, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
+  look_up_trellis<BITS>(SignedLevels(levels), keys, codes, ahead, d, out);
+}
+
+template <int BITS>
+void trellis_windows(const uint8_t*, bool keys, const uint8_t* codes, Ahead ahead, int d, uint8_t* out) {
+  look_up_trellis<BITS>(Windows{}, keys, codes, ahead, d, out);
 }
 
 }  // namespace tersekv::TERSEKV_ISA

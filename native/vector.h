@@ -16,6 +16,10 @@ struct Vector {
   typedef uint32_t Words __attribute__((vector_size(WIDTH)));
   typedef int32_t Ints __attribute__((vector_size(WIDTH)));
   typedef float Floats __attribute__((vector_size(WIDTH)));
+  static constexpr bool MATRIX = false;  // whether `Matrix` can multiply matrices of bytes
+  struct Matrix {
+    Matrix(int, int) {}
+  };
   typedef float Quad __attribute__((vector_size(16)));  // one number for each row of a strip
   typedef int32_t QuadInts __attribute__((vector_size(16)));
 

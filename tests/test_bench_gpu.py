@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tersekv import InputError
-from tersekv.bench import gpu, gpu_dense, gpu_run
+from tersekv.bench import gpu, gpu_dense, gpu_run, verbs
 from tersekv.bench.gpu_tables import GpuResult, tables
 from tersekv.errors import TersekvError
 from tersekv.ops import cuda
@@ -56,6 +56,20 @@ def test_tables() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(InputError, match=r'--device "cuda": '):
         gpu_run.attend([], "cuda")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        (verbs.bench_decode, {"contexts": "512"}),
+        (verbs.bench_decode, {"memory": False}),
+        (verbs.bench_attend, {"threads": 2}),
+        (verbs.bench_encode, {"bits": 4}),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(verb: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"--{next(iter(option))} .* does not apply with --device cuda"):
+        verb(device="cuda", **option)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,9 @@ MORE_SIDES = SIDES | {
     "signs": ("2 normal scale:fp16", "4 normal scale:fp16 zero:fp16"),
 }
 SHAPES = {  # d, g, n, lengths
+    "d64 ragged": (64, 3, 33, RAGGED),
+    "d64 g3 n17": (64, 3, 17, [[127], [1121]]),
+    "d64 n129": (64, 1, 129, [[321, 64]]),
     "d128 ragged": (128, 4, 33, RAGGED),
     "d128 g3 n7": (128, 3, 7, [[64, 130], [1, 0]]),
     "d128 g4 n17": (128, 4, 17, [[127], [1121]]),
@@ -46,7 +49,7 @@ def test_pages(sides: str, shape: str) -> None:
 
 @pytest.mark.parametrize(
     ("sides", "d", "n", "many"),
-    [("norms", 128, 6, False), ("norms", 128, 7, True), ("norms", 64, 7, False), ("8/8 bits, unequal", 128, 1, True)],
+    [("norms", 128, 6, False), ("norms", 128, 7, True), ("norms", 64, 7, True), ("8/8 bits, unequal", 64, 1, True)],
 )
 def test_rows_choose_the_kernel(sides: str, d: int, n: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case, calls = make_case(*MORE_SIDES[sides], d, 4, n, [[65]]), []

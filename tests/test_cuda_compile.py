@@ -62,6 +62,22 @@ def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
     assert stack_bytes(compiler.compiled(attend_text(spec, d, rows, arch), arch)) == 0
 
 
+@pytest.mark.parametrize(
+    ("d", "rows", "tiles", "blocks", "best"),  # as measured on an H100 among up to 22
+    [
+        *((128, 4, tiles, blocks, best) for tiles, blocks, best in ((8, 2048, 16), (128, 128, 1), (512, 256, 1))),
+        *((128, 4, 8, blocks, best) for blocks, best in ((64, 8), (256, 16))),
+        *((64, 3, 48, 256, 5), (64, 4, 128, 256, 1)),
+        *((128, 6, 32, 128, 4), (128, 16, 64, 256, 2)),
+    ],
+)
+def test_rows_are_split_as_measured(d: int, rows: int, tiles: int, blocks: int, best: int) -> None:
+    codecs = parse("rotated:bits=4")
+    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    how = attending.shape(k, v, rows, attending.Limits(9, 132, 228 * 1024, 227 * 1024))
+    assert attending.splits(tiles, blocks, how, 132) == best
+
+
 def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
     codecs = parse(spec)
     k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
@@ -76,6 +92,8 @@ def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
     [
         *((f"rotated:bits={bits}", 128, 4096) for bits in (1, 2, 3, 4, 8)),
         ("rotated:bits=4", 128, 64),
+        *(("rotated:bits=4", 64, rows) for rows in (64, 4096)),
+        ("rotated:bits=8", 64, 4096),
         ("rotated:bits=4", 256, 4096),
         ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
     ],

@@ -50,6 +50,16 @@ def test_dense_attention_and_merge(d: int, g: int, n: int, t: int, dtype: torch.
     assert torch.allclose(whole[0].cpu(), right[0], atol=2e-5) and torch.allclose(whole[1].cpu(), right[1], atol=2e-5)
 
 
+@pytest.mark.parametrize("count", [2, 8, 9, 20])
+def test_any_number_of_parts(count: int, request: pytest.FixtureRequest) -> None:
+    parts = [(torch.randn(2, 3, 4, 128), torch.randn(2, 3, 4)) for _ in range(count)]
+    parts[1][1][0] = -torch.inf
+    want = reference.merge(parts)
+    request.getfixturevalue("reference_raises")
+    got = ops.merge([(out.cuda(), lse.cuda()) for out, lse in parts])
+    assert all(torch.allclose(a.cpu(), b, atol=1e-5) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.usefixtures("reference_raises")
 def test_ops_run_the_kernels() -> None:
     case = make_case("3 normal scale:log8 channel_zero:int8", "3 normal scale:log8", 64, 2, 1, [[130, 1]])
@@ -79,10 +89,11 @@ def test_a_store_decodes_with_the_kernels(
 
 
 def test_what_kernels_refuse_runs_on_the_reference() -> None:
-    for spec, said in (("terse8", "8 bits of unequal steps"), ("intn:bits=5", "5 bits"), ("none", "recipe dense")):
-        store = Store(parse(spec), 1, 1, 64, torch.float32, torch.device("cuda"))
+    refused = (("terse8", 256, "8 bits of unequal steps"), ("intn:bits=5", 64, "5 bits"), ("none", 64, "recipe dense"))
+    for spec, d, said in refused:
+        store = Store(parse(spec), 1, 1, d, torch.float32, torch.device("cuda"))
         for n in (200, 1):
-            store.extend(*torch.randn(3, 1, 1, n, 64, device="cuda"), np.zeros(1, dtype=np.int64), 0.125)
+            store.extend(*torch.randn(3, 1, 1, n, d, device="cuda"), np.zeros(1, dtype=np.int64), 0.125)
         assert said in ops.implementation_of(store.tiers.packed["packed"].pages)
 
 

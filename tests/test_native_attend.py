@@ -85,7 +85,7 @@ def test_every_group(g: int) -> None:
     check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avxvnni", "avx2", "neon", "portable"])
+@pytest.mark.parametrize("isa", ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"])
 def test_instruction_set_runs(isa: str) -> None:
     """Names in the summary what was not tested above."""
     if isa not in RUN:

@@ -1,5 +1,7 @@
 """The verbs of `tersekv bench`. As in `cli`, each imports what it needs when it runs."""
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 from cyclopts import App
@@ -7,6 +9,20 @@ from cyclopts import App
 from tersekv.terminal import Json, Stages, show
 
 bench = App(name="bench", help="Measure speed: parity first, then medians of interleaved runs.")
+
+
+def _refuse(device: str, given: dict[str, object], defaults: dict[str, object], instead: str) -> None:
+    """Raise InputError for options that a benchmark of a GPU would not look at."""
+    from tersekv.errors import InputError
+
+    for name, value in given.items():
+        if value != defaults[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} {value} does not apply with --device {device}. Leave it out: {instead}.")
+
+
+def _defaults(verb: Callable[..., object]) -> dict[str, object]:
+    return {name: parameter.default for name, parameter in signature(verb).parameters.items()}
 
 
 @bench.command(name="encode")
@@ -45,6 +61,7 @@ def bench_encode(
         from tersekv.bench import gpu_run
         from tersekv.bench.gpu_tables import GpuResult
 
+        _refuse(device, {"bits": bits}, _defaults(bench_encode), f"the codecs are {', '.join(gpu_run.CODECS)}")
         result = GpuResult(gpu_run.encode(d, vectors or 4_194_304, device))
     if out is not None:
         write(result.as_dict(), out)
@@ -109,6 +126,8 @@ def bench_attend(
             from tersekv.bench import gpu_run
             from tersekv.bench.gpu_tables import GpuResult
 
+            no_cpu = {"threads": threads, "isa": isa}
+            _refuse(device, no_cpu, _defaults(bench_attend), "it is of the CPU")
             gpu_grids = gpu_run.read_grids(run) if run else [gpu_run.grid_of(lists, rounds)]
             result = GpuResult(gpu_run.attend(gpu_grids, device, stages))
     if out is not None:
@@ -133,8 +152,8 @@ def bench_decode(
 ) -> None:
     """Tokens a second of a whole model beside the dense cache, quanto and llama.cpp, and the memory of the process.
 
-    With `--device cuda` none of the other options apply: a model of the shape of Llama-3-8B with random weights decodes
-    in CUDA graphs with dense and packed caches, and each kind is filled until 80 GB are full.
+    With `--device cuda` other options than --out and --json are refused: a model of the shape of Llama-3-8B with random
+    weights decodes in CUDA graphs with dense and packed caches, and each kind is filled until 80 GB are full.
 
     Parameters
     ----------
@@ -168,6 +187,9 @@ def bench_decode(
         from tersekv.bench import gpu_decode
         from tersekv.bench.gpu_tables import GpuResult
 
+        given = {"model": model, "contexts": contexts, "specs": specs, "dtypes": dtypes, "new_tokens": new_tokens}
+        given |= {"threads": threads, "memory": memory, "llama_cpp": llama_cpp}
+        _refuse(device, given, _defaults(bench_decode), "what runs is fixed, so that records compare")
         with Stages() as stages:
             on_gpu = GpuResult(gpu_decode.decode(gpu_decode.Plan(), device, stages))
         if out is not None:

@@ -39,6 +39,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
   const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
   const i64 first_row = i64(sequence) * a.rows + head0;
+  // Where the numbers of the first pages lie if the table is full, and about there if it has room: no wait for the length.
+  const int guess = int(i64(a.blocks) * split / a.splits) + threadIdx.x;
+  if (guess < a.blocks) prefetch(a.table + i64(sequence) * a.blocks + guess);
   const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
   const int begin = int(i64(pages) * split / a.splits) + warp, end = int(i64(pages) * (split + 1) / a.splits);
   const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;

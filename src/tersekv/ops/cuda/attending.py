@@ -15,15 +15,15 @@ from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid, Recipe
 
 HEAD_DIMS = (64, 128, 256)
-LISTED_HEAD_DIM = 128  # of tables without equal steps, in chunk.cu: at 64 it is wrong, at 256 for Hopper alone
+LISTED_HEAD_DIMS = (64, 128)  # of tables without equal steps, in chunk.cu: at 256 it is for Hopper alone
 ORDERS = {"k": "mma_k", "v": "mma_v"}
 LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
-SLOTS = range(3, 13)  # of a warp's ring
+SLOTS = range(3, 13)  # of a warp's ring; more of them only make copies wait for each other, and some SMs for long
 Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
-OVERHEAD = 3  # what a block costs besides its pages, in pages of a warp
+OVERHEAD, WAVE = 1, 4  # what a block costs besides its pages, and blocks that wait for others, in pages of a warp
 
 
 class Arguments(Structure):
@@ -76,8 +76,8 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"recipe {recipe.name}: the CUDA kernels read grid."
     if not layout.takes("mma_k"):
         return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
-    if listed(recipe.table) and layout.d != LISTED_HEAD_DIM:
-        return f"8 bits of unequal steps at head dim {layout.d}: the CUDA kernels read them at 128."
+    if listed(recipe.table) and layout.d not in LISTED_HEAD_DIMS:
+        return f"8 bits of unequal steps at head dim {layout.d}: the CUDA kernels read them at 64 and 128."
     if layout.plane("codes").cols != layout.d:
         return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
@@ -108,7 +108,7 @@ def integers(pages: Pages) -> bool:
 
 @lru_cache
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
-    """The first shape of which a ring of three slots fits, with as many slots as fit."""
+    """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end."""
     groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
     heads, d, slot = 8 // groups, k.d, max(k.nbytes, v.nbytes)
     by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
@@ -118,10 +118,11 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
         shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
-        for slots in reversed(SLOTS):
-            total = warps * slots * (slot + 8) + shared + 16
-            if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
-                return Shape(d, groups, threads, blocks, slots, total)
+        sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
+        slots = next(count for count in SLOTS if warps * count * slot >= sums)
+        total = warps * slots * (slot + 8) + shared + 16
+        if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
+            return Shape(d, groups, threads, blocks, slots, total)
     raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no three slots of {slot} bytes.")
 
 
@@ -140,11 +141,15 @@ def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> st
 
 @lru_cache
 def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
-    """Into how many parts each row of pages is cut: fewest waves of fewest pages. Known without the lengths."""
+    """Into how many parts each row of pages is cut, known without the lengths.
+
+    What counts is the multiprocessor with most pages. One block on each serves memory as well as all that fit.
+    """
     at_once, warps = processors * how.blocks, how.threads // 32
 
     def cost(count: int) -> int:
-        return -(-tiles * count // at_once) * (-(-blocks // (count * warps)) + OVERHEAD)
+        fullest, waves = (-(-tiles * count // units) for units in (processors, at_once))
+        return fullest * (-(-blocks // (count * warps)) + OVERHEAD) + WAVE * waves
 
     return min(range(1, max(1, min(blocks // warps, at_once)) + 1), key=cost)
 
@@ -155,8 +160,12 @@ def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> t
     gpu = limits(device)
     how = shape(pages[0], pages[1], rows, gpu)
     tiles = -(-rows // (8 // how.groups))
-    run = kernel(text(*pages, how), "attend", device, how.shared_bytes)
-    return run, how, tiles, splits(sequences * tiles, blocks, how, gpu.processors)
+    parts = splits(sequences * tiles, blocks, how, gpu.processors)
+    # Where each block is to have a multiprocessor of its own, two that share one would take twice as long. Beside
+    # blocks of other launches the GPU does place them so, unless there is no memory for two.
+    alone = gpu.sm_bytes // 2 if sequences * tiles * parts <= gpu.processors else 0
+    run = kernel(text(*pages, how), "attend", device, max(how.shared_bytes, min(alone, gpu.block_bytes)))
+    return run, how, tiles, parts
 
 
 @dataclass(frozen=True)

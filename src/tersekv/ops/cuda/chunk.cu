@@ -149,7 +149,19 @@ INLINE void mix(float (&out)[D / 8][4], const u32 (&p)[4], u32 values) {
   if constexpr (FIRST + 8 < D / 8) mix<FIRST + 8>(out, p, values);
 }
 
-INLINE void attend(const Range& range, const u32 (&q)[D / 16][4], u32 slots, Shared& shared, Rows& rows,
+// Queries for the products of one page, in registers of their own: at head dim 64 the ptxas of CUDA 13.0 gives those of
+// queries that it sees outlive the loop to the weights too, so that only the first page is right. `nothing` is 0 and the
+// compiler does not know it.
+INLINE void copy(const u32 (&q)[D / 16][4], u32 nothing, u32 (&to)[D / 16][4]) {
+#pragma unroll
+  for (int k = 0; k < D / 16; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if constexpr (D == 64) asm volatile("xor.b32 %0, %1, %2;" : "=r"(to[k][i]) : "r"(q[k][i]), "r"(nothing));
+      else to[k][i] = q[k][i];
+}
+
+INLINE void attend(const Range& range, const u32 (&queries)[D / 16][4], u32 nothing, u32 slots, Shared& shared, Rows& rows,
                    float (&out)[D / 8][4]) {
   Turn<SLOTS> turn;
   int held = -1;  // the slot of the values that are being multiplied
@@ -161,6 +173,8 @@ INLINE void attend(const Range& range, const u32 (&q)[D / 16][4], u32 slots, Sha
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       float s[TOKENS / 8][4];
+      u32 q[D / 16][4];
+      copy(queries, nothing, q);
       products_begin();
 #pragma unroll
       for (int k = 0; k < D / 16; k++)
@@ -254,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_chunk(const Argu
 #pragma unroll
       for (int i = 0; i < 4; i++) out[j][i] = 0;
     Rows rows;
-    attend(range, q, shared_address(slots), shared, rows, out);
+    attend(range, q, u32(a.rows) >> 31, shared_address(slots), shared, rows, out);
 #pragma unroll
     for (int i = 0; i < 2; i++) write(to[i], lse[i], i, rows, out);
   }

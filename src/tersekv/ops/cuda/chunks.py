@@ -70,7 +70,7 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
     d = k.d
     groups, parts = (1, 2) if d > 128 else (1 if rows <= 64 else 2, 1)
     unpackers = 2 if gpu.major == 9 and d <= 128 else 1
-    registers = (168, 88) if unpackers == 2 and d * groups > 128 else (0, 0)
+    registers = (168, 88) if unpackers == groups == 2 else (0, 0)
     rest = 1024 + RAW_PAGES * (k.nbytes + v.nbytes) + 4 * 512 + 2 * 1024 + 16
     for slots in SLOTS:
         total = slots * (128 * d + 16) + rest
@@ -117,7 +117,7 @@ def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
     rows = q.shape[1] // pages.table.shape[1] * q.shape[2]
     d = pages.k_layout.d
     hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
-    fits = d == attending.LISTED_HEAD_DIM or (d == 256 and hopper)
+    fits = d in attending.LISTED_HEAD_DIMS or (d == 256 and hopper)
     few = (rows <= FEW_ROWS or not fits) and attending.integers(pages)
     return attending.attend_pages(q, pages, scale) if few else attend_chunk(q, pages, scale)
 
@@ -141,12 +141,4 @@ def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
     numbers = (pages.pool.stride(0), rows, blocks, parts, tiles, b * h, scale * LOG2E)
     if rows and b:
         run((b * h * tiles * parts, 1, 1), how.threads, Arguments(*pointers, *numbers))
-    return _joined(list(zip(out, lse, strict=True)))
-
-
-def _joined(parts: list[Partial]) -> Partial:
-    most = joining.MOST_PARTS
-    while len(parts) > 1:
-        groups = [parts[i : i + most] for i in range(0, len(parts), most)]
-        parts = [joining.merge(group) if len(group) > 1 else group[0] for group in groups]
-    return parts[0]
+    return joining.merge(list(zip(out, lse, strict=True)))

@@ -60,6 +60,7 @@ INLINE void normalise(Shared& s) {
     }
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) sum += across(sum, i);
+    __syncwarp();  // all lanes have read the maximum that the first one replaces
     if (lane == 0) {
       s.fade[r] = exp2_fast(before - reference);
       s.mass[r] = s.mass[r] * s.fade[r] + sum, s.top[r] = top;

@@ -1,6 +1,6 @@
 """Encoding and rotation on a GPU: what the kernels take, and how blocks reach them."""
 
-from ctypes import Structure, c_longlong, c_void_p
+from ctypes import Structure, c_int, c_longlong, c_void_p
 from functools import lru_cache
 from math import sqrt
 
@@ -22,9 +22,9 @@ EXACT = ("--fmad=false",)  # the reference rounds every product
 
 
 class Encoding(Structure):
-    """The arguments of `encode.cu`."""
+    """As in `blocks.cuh`."""
 
-    _fields_ = (("x", c_void_p), ("tables", c_void_p), ("out", c_void_p), ("stride", c_longlong))
+    _fields_ = (("x", c_void_p), ("tables", c_void_p), ("out", c_void_p), ("stride", c_longlong), ("ahead", c_int))
 
 
 class Rotation(Structure):
@@ -38,7 +38,8 @@ def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
     if x.device.type != "cuda" or missing() or isinstance(encoder, DenseEncoder):
         return False
     known = layout.order in ("mma_k", "mma_v") and layout.block == BLOCK and x.dtype in KINDS
-    return known and refusal(layout, recipe) is None and shared_bytes(layout) <= limits(x.device.index).block_bytes
+    fits = shared_bytes(encoder, layout) <= limits(x.device.index).block_bytes
+    return known and fits and refusal(layout, recipe) is None
 
 
 def encode(encoder: Encoder, x: Float[Tensor, "*lead block d"], layout: Layout, out: UInt8[Tensor, "*lead n"]) -> None:
@@ -46,56 +47,76 @@ def encode(encoder: Encoder, x: Float[Tensor, "*lead block d"], layout: Layout, 
     blocks, pages = x.detach().reshape(-1, BLOCK, layout.d).contiguous(), out.view(-1, out.shape[-1])
     if not len(blocks):
         return
-    device = x.device.index
-    run = kernel(text(encoder, layout, KINDS[x.dtype]), "encode", device, shared_bytes(layout), EXACT)
-    arguments = Encoding(
-        blocks.data_ptr(), tables(encoder, layout, device).data_ptr(), pages.data_ptr(), pages.stride(0)
-    )
-    run((len(blocks), 1, 1), 256, arguments)
+    device, used = x.device.index, shared_bytes(encoder, layout)
+    run, gpu = kernel(text(encoder, layout, KINDS[x.dtype]), "encode", device, used, EXACT), limits(device)
+    pointers = blocks.data_ptr(), tables(encoder, layout, device).data_ptr(), pages.data_ptr()
+    arguments = Encoding(*pointers, pages.stride(0), gpu.processors * (gpu.sm_bytes // (used + 1024)))
+    run((len(blocks), 1, 1), BLOCK if isinstance(encoder, TableEncoder) else 256, arguments)
 
 
 @lru_cache
 def tables(encoder: Encoder, layout: Layout, device: int) -> Float[Tensor, "n"]:
-    """Signs, thresholds, centroids and the edges of the logarithmic scale, as the kernel reads them."""
+    """Thresholds, sizes and the edges of the logarithmic scale, as the kernel reads them."""
     if not isinstance(encoder, TableEncoder):
         return torch.zeros(1, device=f"cuda:{device}")
-    signs = encoder.signs or (1.0,) * layout.d
-    parts = [np.array(x, dtype=np.float32) for x in (signs, encoder.thresholds, encoder.centroids)]
+    parts = [np.array(x, dtype=np.float32) for x in (encoder.thresholds, _sizes(encoder))]
     return torch.from_numpy(np.concatenate([*parts, log8_edges()[1]])).to(f"cuda:{device}")
 
 
-def shared_bytes(layout: Layout) -> int:
-    """`sizeof(Shared)` in encode.cu."""
-    d, levels = layout.d, 2**layout.code_bits
+def _sizes(encoder: TableEncoder) -> tuple[float, ...]:
+    """The entries that are not negative, ascending."""
+    return encoder.centroids[len(encoder.centroids) // 2 :]
+
+
+def shared_bytes(encoder: Encoder, layout: Layout) -> int:
+    """`sizeof(Shared)` of the kernel."""
+    d = layout.d
+    if isinstance(encoder, TableEncoder):
+        return 4 * (BLOCK * (d + 4) + d + 2)
     codes = BLOCK * (d + 4) if layout.order == "mma_k" else d * (BLOCK + 4)
-    return 4 * (BLOCK * (d // 16 * 20 + 16) + 2 * d + levels // 2 + levels + 8 + 3 * BLOCK) + codes
+    return 4 * (BLOCK * (d // 16 * 20 + 16) + 2 * d) + codes
 
 
 @lru_cache
 def text(encoder: Encoder, layout: Layout, kind: str) -> str:
+    table = isinstance(encoder, TableEncoder)
     integers, floats = _constants(encoder, layout)
     integers |= {"D": layout.d, "KEYS": int(layout.order == "mma_k")}
-    floats |= {"SIZE_ROOT": layout.d**-0.5, "LOG8_FLOOR": log8_edges()[0][1].item() / 2}
     lines = [f"constexpr int {name} = {value};" for name, value in integers.items()]
-    lines += [f"constexpr float {name} = {source.number(np.float32(value).item())};" for name, value in floats.items()]
-    side = source.side("S", layout)
-    return "\n".join(
-        ['#include "planes.cuh"', side, f"constexpr int INPUT = {kind};", *lines, source.read("encode.cu")]
-    )
+    floats |= {"LOG8_FLOOR": log8_edges()[0][1].item() / 2}
+    lines += [f"constexpr float {name} = {_number(value)};" for name, value in floats.items()]
+    lines += _table(encoder) if table else []
+    side, name = source.side("S", layout), "encode_table.cu" if table else "encode_uniform.cu"
+    return "\n".join(['#include "planes.cuh"', side, f"constexpr int INPUT = {kind};", *lines, source.read(name)])
+
+
+def _number(x: float) -> str:
+    return source.number(np.float32(x).item())
 
 
 def _constants(encoder: Encoder, layout: Layout) -> tuple[dict[str, int], dict[str, float]]:
-    integers = {"METHOD": 0, "UNBIASED": 0, "ROTATED": 0, "SYMMETRIC": 0, "LOW": 0, "HIGH": 0}
-    floats = {"ROOT_D": sqrt(layout.d), "FACTOR": 1.0, "INVERSE_TOP": 1.0}
     if isinstance(encoder, TableEncoder):
-        integers |= {"UNBIASED": int(encoder.unbiased), "ROTATED": int(bool(encoder.signs))}
-        return integers, floats | {"FACTOR": encoder.factor}
+        integers = {"UNBIASED": int(encoder.unbiased), "ROTATED": int(bool(encoder.signs))}
+        return integers, {"ROOT_D": sqrt(layout.d), "SIZE_ROOT": layout.d**-0.5, "FACTOR": encoder.factor}
     assert isinstance(encoder, UniformEncoder)  # for the type checker: see `writes`
-    bits, method = layout.code_bits, 2 if "channel_scale" in layout else 1
-    top = 2 ** (bits - 1) - 1 if encoder.symmetric else 2**bits - 1
-    low = -top - 1 if encoder.symmetric else 0
-    integers |= {"METHOD": method, "SYMMETRIC": int(encoder.symmetric), "LOW": low, "HIGH": top}
-    return integers, floats | {"INVERSE_TOP": 1 / top}
+    top = 2 ** (layout.code_bits - 1) - 1 if encoder.symmetric else 2**layout.code_bits - 1
+    integers = {"BY_CHANNEL": int("channel_scale" in layout), "SYMMETRIC": int(encoder.symmetric)}
+    return integers | {"LOW": -top - 1 if encoder.symmetric else 0, "HIGH": top}, {"INVERSE_TOP": 1 / top}
+
+
+def _table(encoder: TableEncoder) -> list[str]:
+    """What the compiler shall know: which signs are negative, and a table of up to 16 entries."""
+    bits = np.packbits(np.array(encoder.signs or (1.0,) * 32) < 0, bitorder="little").view("<u4").tolist()
+    few = len(encoder.centroids) <= 16
+    lists = {
+        "bool minus": ("u32", [f"{word:#x}u" for word in bits], "x[i / 32] >> i % 32 & 1"),
+        "float threshold_of": ("float", [*map(_number, encoder.thresholds), "0.f"] if few else ["0.f"], "x[i]"),
+        "float size_of": ("float", list(map(_number, _sizes(encoder))) if few else ["0.f"], "x[i]"),
+    }
+    return [
+        f"INLINE {name}(int i) {{ const {kind} x[] = {{{', '.join(words)}}}; return {value}; }}"
+        for name, (kind, words, value) in lists.items()
+    ]
 
 
 def rotates(x: Tensor) -> bool:

@@ -17,6 +17,7 @@ struct Arguments {  // as in attending.py
 
 constexpr int PARTS = WARPS * GROUPS;  // of a head's sums in a block
 constexpr int ITEMS = D * HEADS / 2;   // pairs of neighbouring channels of the heads, see `Item`
+constexpr int AT_ONCE = 16;            // splits of which a thread waits for at the same time
 struct Sums {  // of all warps, at the end; lies where the rings were. Lanes side by side, as they hold them
   float2 out[WARPS][D / 16][2][32];
   float ref[HEADS][PARTS], mass[HEADS][PARTS], share[HEADS][PARTS];
@@ -56,11 +57,11 @@ template <class Ref, class Mass>
 INLINE float divide(int count, Ref ref_of, Mass mass_of, float* share) {
   const int lane = threadIdx.x % 32;
   float ref = -INFINITE, total = 0;
-  for (int i = lane; i < count; i += 32) ref = fmaxf(ref, ref_of(i));
+  for (int i = lane; i < count; i += 32) ref = fmaxf(ref, share[i] = ref_of(i));
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) ref = fmaxf(ref, across(ref, i));
   for (int i = lane; i < count; i += 32) {
-    const float factor = ref == -INFINITE ? 0 : exp2_fast(ref_of(i) - ref);
+    const float factor = ref == -INFINITE ? 0 : exp2_fast(share[i] - ref);
     share[i] = factor, total += factor * mass_of(i);
   }
 #pragma unroll
@@ -69,7 +70,7 @@ INLINE float divide(int count, Ref ref_of, Mass mass_of, float* share) {
   return total > 0 ? ref + log2f(total) : -INFINITE;
 }
 
-// The block that comes last joins the splits of its tile.
+// The block that comes last joins the splits of its tile. Nothing else runs by then, so what counts is how often it waits.
 INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows, float* share) {
   __shared__ int last;
   __threadfence();
@@ -79,6 +80,11 @@ INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows, f
   if (!last) return;
   __threadfence();
   if (threadIdx.x == 0) a.arrived[tile] = 0;
+  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(tile) * a.splits * ITEMS;
+  auto part = [&](int s, int i) { return s < a.splits ? __ldcg(parts + i64(s) * ITEMS + i) : make_float2(0, 0); };
+  float2 early[AT_ONCE];  // of the thread's first item: asked for before it is known what they count
+#pragma unroll
+  for (int s = 0; s < AT_ONCE; s++) early[s] = threadIdx.x < ITEMS ? part(s, threadIdx.x) : make_float2(0, 0);
   const float* sums = a.part_sums + i64(tile) * a.splits * HEADS;
   for (int head = threadIdx.x / 32; head < rows; head += WARPS) {
     const float lse = divide(
@@ -87,16 +93,19 @@ INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows, f
     if (threadIdx.x % 32 == 0) a.lse[first_row + head] = lse * 0.69314718f;
   }
   __syncthreads();
-  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(tile) * a.splits * ITEMS;
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
     const Item item(i);
     if (item.head >= rows) continue;
     float2 out = make_float2(0, 0);
-#pragma unroll 8
-    for (int s = 0; s < a.splits; s++) {
-      const float2 x = __ldcg(parts + i64(s) * ITEMS + i);
-      const float weight = share[item.head * a.splits + s];
-      out.x += weight * x.x, out.y += weight * x.y;
+    for (int first = 0; first < a.splits; first += AT_ONCE) {
+      if (first || i != threadIdx.x)
+#pragma unroll
+        for (int s = 0; s < AT_ONCE; s++) early[s] = part(first + s, i);
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; s++) {
+        const float weight = first + s < a.splits ? share[item.head * a.splits + first + s] : 0;
+        out.x += weight * early[s].x, out.y += weight * early[s].y;
+      }
     }
     *reinterpret_cast<float2*>(a.out + (first_row + item.head) * D + item.channel) = out;
   }

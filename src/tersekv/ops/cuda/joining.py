@@ -107,11 +107,18 @@ def dense_text(d: int, q: str, kv: str, rows: int, causal: bool) -> str:
 
 def joins(parts: list[Partial]) -> bool:
     """Whether `merge` can run."""
-    return parts[0][0].device.type == "cuda" and 1 < len(parts) <= MOST_PARTS and missing() is None
+    return parts[0][0].device.type == "cuda" and len(parts) > 1 and missing() is None
 
 
 def merge(parts: list[Partial]) -> Partial:
-    """One launch for all parts."""
+    """One launch for up to eight parts; of more, eight at a time, and then of what comes out."""
+    while len(parts) > 1:
+        groups = [parts[i : i + MOST_PARTS] for i in range(0, len(parts), MOST_PARTS)]
+        parts = [_merge(group) if len(group) > 1 else group[0] for group in groups]
+    return parts[0]
+
+
+def _merge(parts: list[Partial]) -> Partial:
     outs, lses = ([x.float().contiguous() for x in xs] for xs in zip(*parts, strict=True))
     whole, whole_lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     run = kernel(source.read("merge.cu"), "merge", whole.device.index)

@@ -68,6 +68,9 @@ INLINE void mma(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const int (&c)[4
 #undef MMA
 }
 
+// Brings the line of an address to the second-level cache.
+INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 INLINE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 template <class T>
