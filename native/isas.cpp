@@ -59,7 +59,7 @@ std::vector<Choice> find() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
   all.push_back({&amx::kernels, avx2 && avx512 && has_amx(), "AVX-512 and AMX for bytes, on Linux"});
-  all.push_back({&avx512::kernels, avx2 && avx512, "AVX-512 with VBMI and VNNI"});
+  all.push_back({&avx512::kernels, avx2 && avx512, "AVX-512 with VBMI, VBMI2 and VNNI"});
   all.push_back({&avxvnni::kernels, avx2 && has_avxvnni(), "AVX2 and AVX-VNNI"});
   all.push_back({&avx2::kernels, avx2, "AVX2, FMA and F16C"});
 #elif defined(__aarch64__)

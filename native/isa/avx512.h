@@ -1,4 +1,4 @@
-// AVX-512 with VBMI and VNNI: Ice Lake, Zen 4 and newer.
+// AVX-512 with VBMI, VBMI2 and VNNI: Ice Lake, Zen 4 and newer.
 #pragma once
 #include "zmm.h"
 
