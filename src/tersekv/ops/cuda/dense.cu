@@ -48,8 +48,8 @@ INLINE void score(const Arguments& a, Shared& s, const u8* k, int token, int fir
 INLINE void normalise(Shared& s) {
   const int lane = threadIdx.x % 32;
   for (int r = threadIdx.x / 32; r < ROWS; r += THREADS / 32) {
-    float top = s.top[r], sum = 0;
-    const float before = top;
+    const float before = lane == 0 ? s.top[r] : -INFINITE;  // the first lane alone reads what it replaces
+    float top = before, sum = 0;
     for (int i = lane; i < TILE; i += 32) top = fmaxf(top, s.weight[r][i]);
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) top = fmaxf(top, across(top, i));
@@ -60,7 +60,6 @@ INLINE void normalise(Shared& s) {
     }
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) sum += across(sum, i);
-    __syncwarp();  // all lanes have read the maximum that the first one replaces
     if (lane == 0) {
       s.fade[r] = exp2_fast(before - reference);
       s.mass[r] = s.mass[r] * s.fade[r] + sum, s.top[r] = top;
