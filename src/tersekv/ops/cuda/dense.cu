@@ -48,8 +48,8 @@ INLINE void score(const Arguments& a, Shared& s, const u8* k, int token, int fir
 INLINE void normalise(Shared& s) {
   const int lane = threadIdx.x % 32;
   for (int r = threadIdx.x / 32; r < ROWS; r += THREADS / 32) {
-    const float before = lane == 0 ? s.top[r] : -INFINITE;  // the first lane alone reads what it replaces
-    float top = before, sum = 0;
+    float top = s.top[r], sum = 0;
+    __syncwarp();  // all lanes have read what the first one replaces
     for (int i = lane; i < TILE; i += 32) top = fmaxf(top, s.weight[r][i]);
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) top = fmaxf(top, across(top, i));
@@ -61,7 +61,7 @@ INLINE void normalise(Shared& s) {
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) sum += across(sum, i);
     if (lane == 0) {
-      s.fade[r] = exp2_fast(before - reference);
+      s.fade[r] = exp2_fast(s.top[r] - reference);
       s.mass[r] = s.mass[r] * s.fade[r] + sum, s.top[r] = top;
     }
   }
