@@ -49,7 +49,7 @@ INLINE void normalise(Shared& s) {
   const int lane = threadIdx.x % 32;
   for (int r = threadIdx.x / 32; r < ROWS; r += THREADS / 32) {
     float top = s.top[r], sum = 0;
-    const float before = top;
+    __syncwarp();  // all lanes have read what the first one replaces
     for (int i = lane; i < TILE; i += 32) top = fmaxf(top, s.weight[r][i]);
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) top = fmaxf(top, across(top, i));
@@ -60,9 +60,8 @@ INLINE void normalise(Shared& s) {
     }
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) sum += across(sum, i);
-    __syncwarp();  // all lanes have read the maximum that the first one replaces
     if (lane == 0) {
-      s.fade[r] = exp2_fast(before - reference);
+      s.fade[r] = exp2_fast(s.top[r] - reference);
       s.mass[r] = s.mass[r] * s.fade[r] + sum, s.top[r] = top;
     }
   }
