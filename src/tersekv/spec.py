@@ -36,6 +36,7 @@ CODECS = {
     "trellis": "tersekv.codecs.trellis:TrellisCodec",
     "turboquant": "tersekv.codecs.turboquant:TurboQuant",
     "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
+    "vq": "tersekv.codecs.vq:VQ",
 }
 
 POLICIES = {
