@@ -45,6 +45,7 @@ POLICIES = {
     "snapkv": "tersekv.policy.snapkv:SnapKV",
     "hotcold": "tersekv.policy.hotcold:HotCold",
     "adaptive": "tersekv.policy.adaptive:Adaptive",
+    "anchors": "tersekv.policy.anchors:Anchors",
 }
 
 PRESETS = {
