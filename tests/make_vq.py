@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from tersekv.calibrate.kmeans import assigned, kmeans
+from tersekv.calibrate.kmeans import kmeans, nearest
 from tersekv.codecs.vq import SHAPES
 from tersekv.codecs.vq_books import UNIVERSAL, Books
 
@@ -20,7 +20,7 @@ for dim, index in sorted(SHAPES):
     for stage in range(STAGES):
         even = torch.ones(1, SAMPLES)
         table = kmeans(left, even, 2**index, ROUNDS, seed=stage).half()
-        left = left - table.float()[0, assigned(left, table.float())[0]]
+        left = left - nearest(left, table.float())
         print(f"dim={dim} index={index} stage {stage}: {left.square().mean():.4f}", file=sys.stderr)
         books[f"{dim}.{index}.{stage}"] = table[None]
 Books("", {"samples": SAMPLES, "rounds": ROUNDS, "density": "standard normal"}, books).save(UNIVERSAL)

@@ -41,7 +41,7 @@ CONFIGURATIONS = [
     "turboquant:bits=4,form=prod,seed=3",
     "twoaxis:bits=2,rounds=1",
     "vq:dim=16,index=6",
-    "vq:dim=8,index=6,scale=norm",
+    "vq:dim=8,index=6,scale=unbiased",
     "vq:dim=4,mean=none",
     "vq:dim=16,stages=2",
 ]

@@ -217,14 +217,14 @@ def test_two_stages_are_chosen_together() -> None:
 def test_vq_keys_lose_their_mean_and_tokens_keep_their_length_along_themselves() -> None:
     x = biased_keys()
     assert error("vq:dim=4", x) < 0.15 * error("vq:dim=4,mean=none", x)
-    codec, plain = parse_codec("vq", "v"), torch.randn(4, BLOCK, 128)
+    codec, plain = parse_codec("vq:scale=unbiased", "v"), torch.randn(4, BLOCK, 128)
     along = (codec.decode(codec.encode(plain)) * plain).sum(-1) / plain.square().sum(-1)
     assert (along - 1).abs().max() < 2 ** (1 / 24) - 1 + 1e-3, "half a step of the stored scale"
 
 
 def test_a_token_never_grows_much() -> None:
     """At 0.375 bits entries can lie across an odd token: the scale stays bounded where <y, c> is small or negative."""
-    codec = parse_codec("vq:dim=16,index=6", "v")
+    codec = parse_codec("vq:dim=16,index=6,scale=unbiased", "v")
     x = codec.unfold_output(torch.eye(64)[None] * 5)
     growth = codec.decode(codec.encode(x)).norm(dim=-1) / x.norm(dim=-1)
     assert growth.max() < 2

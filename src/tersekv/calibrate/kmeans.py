@@ -35,9 +35,13 @@ def assigned(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"])
     return torch.cat([(some @ table.mT - half).argmax(-1) for some in x.split(step, 1)], 1)
 
 
+def nearest(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"]) -> Float[Tensor, "p n dim"]:
+    return _rows(table, assigned(x, table))
+
+
 def distortion(x: Tensor, weights: Tensor, table: Tensor) -> Float[Tensor, "p"]:
     """Weighted mean of |x - c(x)|^2."""
-    left = (x - _rows(table, assigned(x, table))).square().sum(-1)
+    left = (x - nearest(x, table)).square().sum(-1)
     return (left * weights).sum(-1) / weights.sum(-1)
 
 

@@ -4,7 +4,7 @@ AnTKV, arXiv 2506.19505: each `dim` values of a key or value are one index of `i
 k-means weighted with what an error of a token does to the output. `tersekv calibrate vq` fits such books, and
 `books=FILE mean=none scale=none` is the paper's code: indices and nothing else. `policy=anchors` is its other half.
 
-`books=universal` needs no calibration: rotation, block mean and token scale are those of `rotated`, and the books are
+`books=universal` needs no calibration: rotation, block mean and token scales are those of `rotated`, and the books are
 k-means on a standard normal. `stages=2` adds a second entry, found together with the first (additive code).
 
 Differs from the paper: keys after RoPE; indices of at most 8 bits. See docs/methods/vq.md.
@@ -35,7 +35,7 @@ GROWTH = 1.9  # an unbiased scale may make a token so many times longer, not mor
 
 @dataclass(frozen=True)
 class VQ(Codec):
-    """`dim` values an index of `index` bits, `stages` times; `mean`: block, none; `scale`: unbiased, norm, none.
+    """`dim` values an index of `index` bits, `stages` times; `mean`: block, none; `scale`: norm, unbiased, none.
 
     `books`: universal, or a file, of which `layer` and `side` say whose tables.
     """
@@ -44,7 +44,7 @@ class VQ(Codec):
     index: int = 8
     stages: int = 1
     mean: str = "none"
-    scale: str = "unbiased"
+    scale: str = "norm"
     books: str = "universal"
     seed: int = 0
     layer: int = 0
@@ -102,8 +102,8 @@ class VQ(Codec):
 
     def layout(self, d: int) -> Layout:
         check_head_dim(d)
-        if d % self.dim:
-            raise SpecError(f"head_dim {d}: dim={self.dim} does not divide it.")
+        if d % self.dim or self.tables.places not in (1, d // self.dim):
+            raise SpecError(f"head_dim {d}: dim={self.dim} does not divide it, or {self.books} is for another.")
         planes = [Plane(name, BLOCK, d // self.dim, self.index) for name in PLANES[: self.stages]]
         planes += [] if self.scale == "none" else [Plane("scale", BLOCK, 1, 8, "log8")]
         if self.mean == "block":

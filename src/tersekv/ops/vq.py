@@ -31,6 +31,10 @@ class Tables:
         return self.stages[0].shape[-1]
 
     @property
+    def places(self) -> int:
+        return self.stages[0].shape[1]
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.stages)
 
