@@ -89,7 +89,7 @@ def calibrate(settings: Settings, shape: Shape, folder: Path, out: Path, stages:
         path, item = folder / f"{shape}.{layer}.safetensors", f"layer {layer}"
         if not (directory.holds("vq", item, [str(shape)]) and path.is_file()):
             stages(f"fitting layer {layer}", number / len(layers))
-            books, lost = _fit_layer(shape, layer, train, test, settings.seed)
+            books, lost = fit_layer(shape, layer, train, test, settings.seed)
             PART.write(path, books, {})
             directory.add("vq", item, {str(shape): lost})
         tensors |= PART.read(path)[0]
@@ -113,9 +113,10 @@ def _check(shape: Shape, train: list[Sample]) -> None:
         raise InputError(f"{n * len(train)} tokens are fewer than {2**shape.index} entries. Ask for more windows.")
 
 
-def _fit_layer(
+def fit_layer(
     shape: Shape, layer: int, train: list[Sample], test: list[Sample], seed: int
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Books of both sides, and what they lose of the variance of `test`: of all tokens alike, and weighted."""
     books: dict[str, Tensor] = {}
     lost: dict[str, dict[str, float]] = {}
     for side in SIDES:
