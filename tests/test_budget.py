@@ -12,14 +12,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 BUDGET = {
     ".": 3700,
     "bench": 2400,
-    "calibrate": 640,
-    "codecs": 1090,
+    "calibrate": 990,
+    "codecs": 1290,
     "eval": 1330,
-    "hf": 1000,
+    "hf": 1040,
     "models": 600,
-    "ops": 1260,
+    "ops": 1500,
     "ops/cuda": 1200,
-    "policy": 1000,
+    "policy": 1210,
     "reports": 660,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9

@@ -29,6 +29,7 @@ VERBS = {
     "calibrate": ["calibrate"],
     "calibrate-adaptive": ["calibrate", "adaptive"],
     "calibrate-budget": ["calibrate", "budget"],
+    "calibrate-vq": ["calibrate", "vq"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],

@@ -40,6 +40,10 @@ CONFIGURATIONS = [
     "turboquant:bits=2,form=prod",
     "turboquant:bits=4,form=prod,seed=3",
     "twoaxis:bits=2,rounds=1",
+    "vq:dim=16,index=6",
+    "vq:dim=8,index=6,scale=unbiased",
+    "vq:dim=4,mean=none",
+    "vq:dim=16,stages=2",
 ]
 
 

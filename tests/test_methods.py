@@ -3,12 +3,14 @@
 from itertools import product
 from math import pi
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tersekv.codebook import distortion
 from tersekv.codecs.trellis import TrellisCodec
+from tersekv.codecs.vq import VQ
 from tersekv.layout import BLOCK
 from tersekv.ops.trellis import Trellis, viterbi, walk
 from tersekv.spec import parse_codec
@@ -181,3 +183,56 @@ def test_a_state_is_the_last_eight_bits() -> None:
     stream = "00000000" + "".join(f"{code:03b}" for code in codes.tolist())
     states = [int(stream[3 * i + 3 : 3 * i + 11], 2) for i in range(20)]
     assert walk(codes, 3).tolist() == states
+
+
+# Mean squared error on a standard normal by (dim, index, stages), as k-means left it on points that made no books.
+VQ_ERROR = {(16, 6, 1): 0.677, (16, 8, 1): 0.573, (8, 6, 1): 0.441, (8, 8, 1): 0.320, (4, 8, 1): 0.096}
+VQ_ERROR_OF_TWO = {(16, 6, 2): 0.441, (16, 8, 2): 0.316, (8, 6, 2): 0.184, (8, 8, 2): 0.0967, (4, 8, 2): 0.0087}
+
+
+@pytest.mark.parametrize("shape", [*VQ_ERROR, *VQ_ERROR_OF_TWO])
+def test_universal_books_quantise_a_normal_distribution(shape: tuple[int, int, int]) -> None:
+    """As well as trained: between the bound of rate-distortion theory and scalar tables, mixed if need be."""
+    dim, index, stages = shape
+    tables, z = VQ(dim, index, stages).tables, torch.randn(20, BLOCK, 64)
+    found = (tables.values(tables.search(z)) - z).square().mean().item()
+    assert found == pytest.approx((VQ_ERROR | VQ_ERROR_OF_TWO)[shape], rel=0.03)
+    scalar = [1.0, *(distortion(bits) for bits in range(1, 5))]
+    assert 4 ** (-stages * index / dim) < found < np.interp(stages * index / dim, range(5), scalar)
+
+
+def test_sub_vectors_get_their_nearest_entry() -> None:
+    tables, z = VQ(dim=16, index=6).tables, torch.randn(2, BLOCK, 64)
+    codes = tables.search(z)[0]
+    distances = torch.cdist(z.unflatten(-1, (4, 16)), tables.stages[0][0, 0].float())
+    assert torch.equal(codes.long(), distances.argmin(-1))
+
+
+def test_two_stages_are_chosen_together() -> None:
+    """Never worse than the nearest entry and then the nearest to what is left, and nearer to the best of all pairs."""
+    tables, z = VQ(dim=16, index=6, stages=2).tables, torch.randn(BLOCK, 64)
+    first, second = (x[0, 0].float() for x in tables.stages)
+    parts = z.unflatten(-1, (4, 16))
+    greedy = parts - first[torch.cdist(parts, first).argmin(-1)]
+    greedy = (greedy - second[torch.cdist(greedy, second).argmin(-1)]).square().sum(-1)
+    pairs = (first[:, None] + second).flatten(0, 1)
+    best = torch.cdist(parts, pairs).amin(-1).square()
+    found = (tables.values(tables.search(z)) - z).unflatten(-1, (4, 16)).square().sum(-1)
+    assert (found <= greedy + 1e-4).all() and (found >= best - 1e-4).all()
+    assert found.mean() - best.mean() < 0.5 * (greedy.mean() - best.mean())
+
+
+def test_vq_keys_lose_their_mean_and_tokens_keep_their_length_along_themselves() -> None:
+    x = biased_keys()
+    assert error("vq:dim=4", x) < 0.15 * error("vq:dim=4,mean=none", x)
+    codec, plain = parse_codec("vq:scale=unbiased", "v"), torch.randn(4, BLOCK, 128)
+    along = (codec.decode(codec.encode(plain)) * plain).sum(-1) / plain.square().sum(-1)
+    assert (along - 1).abs().max() < 2 ** (1 / 24) - 1 + 1e-3, "half a step of the stored scale"
+
+
+def test_a_token_never_grows_much() -> None:
+    """At 0.375 bits entries can lie across an odd token: the scale stays bounded where <y, c> is small or negative."""
+    codec = parse_codec("vq:dim=16,index=6,scale=unbiased", "v")
+    x = codec.unfold_output(torch.eye(64)[None] * 5)
+    growth = codec.decode(codec.encode(x)).norm(dim=-1) / x.norm(dim=-1)
+    assert growth.max() < 2

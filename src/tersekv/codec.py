@@ -16,6 +16,16 @@ from tersekv.packed import Packed
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What was fitted to a model and is held beside the pages: whose it is, which it is, how many bytes it has."""
+
+    fingerprint: str  # of the model, see `files.fingerprint`
+    model: str
+    digest: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How the keys or the values of one block become planes and back. The fields are the configuration.
 
@@ -47,6 +57,17 @@ class Codec(ABC):
         if "bits" not in {f.name for f in fields(self)}:
             raise SpecError(f"{type(self).__name__} has no option bits. Use a codec that has, such as rotated.")
         return replace(self, **{"bits": bits})  # pyright: ignore[reportCallIssue]
+
+    @property
+    def fitted(self) -> Fitted | None:
+        """What it needs of a file that was made for one model; None: it takes any. Each KV head then has its own, so
+        `encode` is given all heads: (*lead, h, blocks, block, d).
+        """
+        return None
+
+    def at(self, layer: int) -> "Codec":
+        """The codec of one layer of a model."""
+        return self
 
     def decode(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
         """fp32 values in the model's domain, whatever order the codes are stored in."""

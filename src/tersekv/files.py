@@ -90,12 +90,21 @@ def _packed_state(layer: PackedLayer) -> tuple[dict[str, Tensor], dict[str, Any]
     padded = [[start, pads.tolist()] for start, pads in layer.slots.padded]
     evicted = {"evicted": [tiers.evicted.count.tolist(), tiers.evicted.below.tolist()]}
     notes = {"slots": layer.slots.total, "padded": padded}
+    notes |= {"fitted": digests} if any(digests := _digests(layer)) else {}
     return tensors, notes | (evicted if tiers.evicted.count.any() else {})
+
+
+def _digests(layer: PackedLayer) -> list[str]:
+    """Which fitted books the codes of keys and of values index, if any."""
+    codecs = (layer.spec.k, layer.spec.v)
+    return ["" if codec.fitted is None else codec.fitted.digest for codec in codecs]
 
 
 def _restore_packed(layer: PackedLayer, state: dict[str, Tensor], notes: dict[str, Any]) -> None:
     from tersekv.hf.layer import Slots
 
+    if notes.get("fitted", ["", ""]) != _digests(layer):
+        raise CacheFileError(f"Layer {layer.index} was saved with other books than {layer.spec} has. {FILE.instead}")
     empty = state["recent.k"][:, :, :0]
     layer.lazy_initialization(empty, empty)
     store = layer.opened()

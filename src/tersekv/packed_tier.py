@@ -93,6 +93,9 @@ class PackedTier:
         pages = pool[old:, :split], pool[old:, split:]
         for codec, x, layout, out in zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, strict=True):
             blocks = x.unflatten(2, (-1, self.block))
+            if codec.fitted is not None and count != filled.numel():  # which needs every head to know which is which
+                out.copy_(encode(codec, blocks, layout).data[filled])
+                continue
             blocks = blocks if count == filled.numel() else blocks[filled]
             encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]))
         return pool

@@ -36,6 +36,7 @@ CODECS = {
     "trellis": "tersekv.codecs.trellis:TrellisCodec",
     "turboquant": "tersekv.codecs.turboquant:TurboQuant",
     "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
+    "vq": "tersekv.codecs.vq:VQ",
 }
 
 POLICIES = {
@@ -44,6 +45,7 @@ POLICIES = {
     "snapkv": "tersekv.policy.snapkv:SnapKV",
     "hotcold": "tersekv.policy.hotcold:HotCold",
     "adaptive": "tersekv.policy.adaptive:Adaptive",
+    "anchors": "tersekv.policy.anchors:Anchors",
 }
 
 PRESETS = {
@@ -80,10 +82,10 @@ class Spec:
 
     def at(self, layer: int) -> "Spec":
         """The spec of one layer of a model."""
-        if not self.layers:
-            return self
-        k, v = self.layers[layer]
-        return replace(self, k=self.k.with_bits(k), v=self.v.with_bits(v), layers=())
+        k, v = self.k.at(layer), self.v.at(layer)
+        if self.layers:
+            k, v = (codec.with_bits(bits) for codec, bits in zip((k, v), self.layers[layer], strict=True))
+        return replace(self, k=k, v=v, layers=())
 
     def check_layers(self, count: int) -> None:
         """Raises SpecError unless the spec is for a model of so many layers."""

@@ -121,3 +121,65 @@ def budget(
     show(result, json)
     if not json:
         print(*(f"control: {text}" for text in result.controls), f"spec: {result.spec}", sep="\n")
+
+
+@calibrate.command
+def vq(
+    model: str,
+    *,
+    text: Path,
+    dim: int = 8,
+    index: int = 8,
+    stages: int = 1,
+    weights: str = "anchors",
+    rounds: int = 12,
+    windows: int = 16,
+    window: int = 1024,
+    seed: int = 0,
+    device: str = "cpu",
+    directory: Annotated[Path | None, Parameter(name="--dir")] = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Codebooks for the keys and values of this model, by k-means weighted with what errors do to attention outputs.
+
+    Parameters
+    ----------
+    model
+        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
+    text
+        The calibration text, a UTF-8 file. Do not evaluate on it.
+    dim
+        Values that share an index.
+    index
+        Bits of an index, up to 8.
+    stages
+        1, or 2 entries that are added.
+    weights
+        anchors: by the anchor scores of AnTKV; none: all tokens alike, the control.
+    rounds
+        Of k-means.
+    windows
+        Windows of the text, drawn without replacement; a fifth of them is held out.
+    window
+        Tokens of a window.
+    seed
+        Of windows and k-means.
+    device
+        cpu or cuda.
+    directory
+        Where windows and layers are kept: the same command goes on where it was stopped, and other books reuse the
+        windows. Default: calibrations/vq/MODEL.
+    out
+        The books. Default: codebooks/MODEL.safetensors.
+    """
+    from tersekv.calibrate.session import Settings
+    from tersekv.calibrate.vq import Shape
+    from tersekv.calibrate.vq import calibrate as run
+
+    name, shape = Path(model).name, Shape(dim, index, stages, weights, rounds)
+    settings = Settings(model, text, "none", windows, window, 1, seed, device)
+    folder = directory or Path("calibrations") / "vq" / name
+    with Stages() as progress:
+        result = run(settings, shape, folder, out or Path("codebooks") / f"{name}.safetensors", progress)
+    show(result, json)

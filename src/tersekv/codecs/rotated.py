@@ -75,7 +75,7 @@ class Rotated(Codec):
         d = x.shape[-1]
         y, planes = rotate(x, self.seed), {}
         if self.mean == "block":
-            step, steps = _eight_bit(token_sum(y) * (1 / BLOCK))
+            step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
             planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
             y = y - (steps * step)[..., None, :]
         energy = channel_sum(y * y)
@@ -97,7 +97,7 @@ class Rotated(Codec):
         return torch.where(along > 0, energy / along, 0)
 
 
-def _eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:
+def eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:
     """The stored step and the integers -127..127 of a block mean: (*lead, 1) and (*lead, d)."""
     step = stored(mean.abs().amax(-1, keepdim=True) * np.float32(1 / 127).item(), "fp16")
     inverse = torch.where(step > 0, 1 / step, 0)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from tersekv import files
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
+from tersekv.hf.checks import check_fitted
 from tersekv.hf.layer import Handle, PackedLayer
 from tersekv.hf.rating import controller_of, signals
 from tersekv.hf.report import cache_report
@@ -245,4 +246,5 @@ def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None 
             f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
             "Use a causal language model such as LlamaForCausalLM."
         )
+    check_fitted(model, chosen)
     return PackedCache(model.config, chosen, controller_of(model, chosen), room)

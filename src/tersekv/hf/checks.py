@@ -4,8 +4,11 @@ from math import isfinite
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from tersekv.errors import InputError
+from tersekv.errors import CacheFileError, InputError
+from tersekv.files import fingerprint
+from tersekv.spec import Spec
 
 
 def check_finite(layer: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -21,6 +24,16 @@ def check_finite(layer: int, start: int, k: Tensor, v: Tensor) -> None:
             f"Layer {layer}: {side} hold {x[b, h, t, c].item()} at sequence {b}, head {h}, position {start + t}, "
             f"channel {c}. The cache is unchanged; look for an overflow in the model (fp16?) or in its input."
         )
+
+
+def check_fitted(model: PreTrainedModel, spec: Spec) -> None:
+    """Raise CacheFileError where a codec was fitted to another model."""
+    for codec in (spec.k, spec.v):
+        if codec.fitted is not None and codec.fitted.fingerprint != fingerprint(model):
+            raise CacheFileError(
+                f"{spec} was fitted to another model ({codec.fitted.model}), whose keys and values are not this one's. "
+                "Fit to this: tersekv calibrate vq MODEL --text FILE."
+            )
 
 
 def check_like(layer: int, held: Tensor, given: Tensor) -> None:

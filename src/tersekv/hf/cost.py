@@ -72,6 +72,7 @@ def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
     held = spec.policy.held(tokens)
     blocks = spec.policy.blocks(held, block)
     bytes_packed = blocks * heads * sum(k.nbytes + v.nbytes for k, v in pages)
+    bytes_packed += sum(x.nbytes for one in packed for x in (one.k.fitted, one.v.fitted) if x is not None)
     return {
         "context": tokens,
         "head_dim": d,

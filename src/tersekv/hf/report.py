@@ -28,6 +28,9 @@ def _packed(layer: PackedLayer) -> LayerReport:
         planes["tail"] = tail.planes()
     if more := tiers.tensors():
         planes["policy"] = {name: storage_bytes(x) for name, x in more.items()}
+    spec = layer.store.spec  # what was fitted is one for all caches of a process, and counted in each
+    if fitted := {f"{side}.fitted": x.nbytes for side, x in (("k", spec.k.fitted), ("v", spec.v.fitted)) if x}:
+        planes["codec"] = fitted
     k = tiers.dense["recent"].k
     b, h, _, d = k.shape
     values = 2 * b * h * layer.slots.total * d

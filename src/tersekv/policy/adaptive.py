@@ -121,24 +121,19 @@ class Adaptive(Window):
         due = np.maximum(recent.lengths - self.recent, 0) // BLOCK * BLOCK
         if not due.any():
             return tiers
-        levels = self._levels(noted(recent), due, tiers.average)
+        levels = self._levels(noted(recent), due, tiers.budget)
         oldest = noted(recent.take(np.zeros_like(due), due)).plain()
         tiers = tiers.more(levels, due)
-        dense, packed = dict(tiers.dense), dict(tiers.packed)
-        dense["recent"] = recent.take(due, recent.lengths - due).owned()
+        left = recent.take(due, recent.lengths - due).owned()
+        tiers = replace(tiers, dense=tiers.dense | {"recent": left})
         levels = np.where(np.arange(levels.shape[2]) < due[..., None], levels, len(BITS))
         for level, bits in enumerate(BITS):
             mine = oldest.where(torch.from_numpy(levels == level).to(recent.k.device))
             if bits == BITS[-1]:
-                dense[DENSE] = dense[DENSE].append(mine)
-                continue
-            waiting = dense[f"wait{bits}"].append(mine)
-            whole = waiting.lengths // BLOCK * BLOCK
-            if whole.any():
-                packed[f"bits{bits}"] = packed[f"bits{bits}"].append(waiting.take(np.zeros_like(whole), whole))
-                waiting = waiting.take(whole, waiting.lengths - whole).owned()
-            dense[f"wait{bits}"] = waiting
-        return replace(tiers, dense=dense, packed=packed)
+                tiers = replace(tiers, dense=tiers.dense | {DENSE: tiers.dense[DENSE].append(mine)})
+            else:
+                tiers = tiers.with_more(f"bits{bits}", f"wait{bits}", mine)
+        return tiers
 
     def _levels(self, recent: NotedTier, due: Int[np.ndarray, "b h"], average: float) -> Int[np.ndarray, "b h t"]:
         levels = np.zeros((*due.shape, due.max()), dtype=np.int64)
@@ -163,19 +158,7 @@ class Adaptive(Window):
 
     def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:
         """As the window's: of blocks that are cut through, the kept tokens become dense for good."""
-        tiers, length = routed(tiers), length[:, None]
-        dense, packed = {name: tier.below(length) for name, tier in tiers.dense.items()}, dict(tiers.packed)
-        for name, tier in tiers.packed.items():
-            if not tier.lengths.any():
-                continue
-            whole = tiers.unpacked(name)
-            ends = whole.positions[..., tier.block - 1 :: tier.block].cpu().numpy()
-            kept = (tier.filled().cpu().numpy() & (ends < length[..., None])).sum(-1) * tier.block
-            if (kept < tier.lengths).any():
-                cut = whole.take(kept, np.minimum(tier.lengths - kept, tier.block)).below(length)
-                dense["sink"], packed[name] = dense["sink"].append(cut), tier.keep(kept)
-        levels = tiers.levels()[..., : int(length.max(initial=0))]
-        return replace(tiers.with_levels(levels), dense=dense | {"sink": dense["sink"].sorted()}, packed=packed)
+        return routed(tiers).below(length[:, None])
 
     def blocks(self, held: int, block: int) -> int:
         """Of the fewest: as many tokens as can be may be waiting."""

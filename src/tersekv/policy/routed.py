@@ -43,7 +43,7 @@ class RoutedTiers(Tiers):
     """
 
     names: tuple[str, ...]
-    average: float  # bits a token
+    budget: float  # what a token may cost on average, as the policy counts it
     routes: Tensor  # uint8 (b, h, bytes), on the host
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,6 +69,30 @@ class RoutedTiers(Tiers):
         levels = np.pad(levels, [(0, 0), (0, 0), (0, -levels.shape[2] % CODES)])
         codes = levels.reshape(*levels.shape[:2], -1, CODES) << (2 * np.arange(CODES, dtype=np.uint8))
         return replace(self, routes=torch.from_numpy(codes.sum(-1, dtype=np.uint8)))
+
+    def with_more(self, name: str, wait: str, tokens: DenseTier) -> "RoutedTiers":
+        """Tokens for a packed tier: they wait in the dense tier `wait` until they are whole blocks."""
+        tier, waiting = self.packed[name], self.dense[wait].append(tokens)
+        whole = waiting.lengths // tier.block * tier.block
+        if whole.any():
+            tier = tier.append(waiting.take(np.zeros_like(whole), whole))
+            waiting = waiting.take(whole, waiting.lengths - whole).owned()
+        return replace(self, dense=self.dense | {wait: waiting}, packed=self.packed | {name: tier})
+
+    def below(self, length: Int[np.ndarray, "b 1"]) -> "RoutedTiers":
+        """The tokens at positions below `length`; those of a block that is cut through join the sink tier."""
+        dense, packed = {name: tier.below(length) for name, tier in self.dense.items()}, dict(self.packed)
+        for name, tier in self.packed.items():
+            if not tier.lengths.any():
+                continue
+            whole = self.unpacked(name)
+            ends = whole.positions[..., tier.block - 1 :: tier.block].cpu().numpy()
+            kept = (tier.filled().cpu().numpy() & (ends < length[..., None])).sum(-1) * tier.block
+            if (kept < tier.lengths).any():
+                cut = whole.take(kept, np.minimum(tier.lengths - kept, tier.block)).below(length)
+                dense["sink"], packed[name] = dense["sink"].append(cut), tier.keep(kept)
+        levels = self.levels()[..., : int(length.max(initial=0))]
+        return replace(self.with_levels(levels), dense=dense | {"sink": dense["sink"].sorted()}, packed=packed)
 
     def decoded(self) -> list[DenseTier]:
         return [*self.dense.values(), *map(self.unpacked, self.packed)]

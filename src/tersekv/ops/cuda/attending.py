@@ -161,13 +161,8 @@ def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> t
     how = shape(pages[0], pages[1], rows, gpu)
     tiles = -(-rows // (8 // how.groups))
     parts = splits(sequences * tiles, blocks, how, gpu.processors)
-<<<<<<< HEAD
-    # Where each block is to have a multiprocessor of its own, two that share one would take twice as long. Beside
-    # blocks of other launches the GPU does place them so, unless there is no memory for two.
-=======
     # Where each block is to have a multiprocessor of its own, two that share one take twice as long. Beside blocks
     # of other launches the GPU does place them so, unless there is no memory for two.
->>>>>>> cuda
     alone = gpu.sm_bytes // 2 if sequences * tiles * parts <= gpu.processors else 0
     run = kernel(text(*pages, how), "attend", device, max(how.shared_bytes, min(alone, gpu.block_bytes)))
     return run, how, tiles, parts
