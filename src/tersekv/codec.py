@@ -38,6 +38,16 @@ class Codec(ABC):
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         """Each block on its own, so that any chunking of the input gives the same bytes."""
 
+    def encode_for(self, x: Float[Tensor, "*lead block d"], moments: Float[Tensor, "*#lead d d"] | None) -> Packed:
+        """The same planes for keys that are read by folded queries with these sums of q' q, if a codec can."""
+        if moments is not None:
+            raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
+        return self.encode(x)
+
+    @property
+    def encodes_for_queries(self) -> bool:
+        return type(self).encode_for is not Codec.encode_for
+
     def encoder(self, d: int) -> Encoder | None:
         """What `encode` does, as data for native code that gives the same bytes; None: only `encode` does it."""
         return None

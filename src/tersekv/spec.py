@@ -44,6 +44,7 @@ POLICIES = {
     "snapkv": "tersekv.policy.snapkv:SnapKV",
     "hotcold": "tersekv.policy.hotcold:HotCold",
     "adaptive": "tersekv.policy.adaptive:Adaptive",
+    "queryaware": "tersekv.policy.queryaware:QueryAware",
 }
 
 PRESETS = {

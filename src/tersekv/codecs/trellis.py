@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tersekv.codec import check_bits
 from tersekv.codecs.rotated import Rotated
-from tersekv.ops.trellis import Trellis, viterbi, walk
+from tersekv.ops.trellis import Onward, Trellis, viterbi, walk
 
 # What each state stands for, in steps of 1/32: made by tests/make_trellis.py, part of the format.
 TABLES = {
@@ -71,6 +71,9 @@ class TrellisCodec(Rotated):
 
     def encoder(self, d: int) -> None:
         return None
+
+    def coder(self, d: int, device: torch.device) -> Onward:
+        return Onward(torch.tensor(entries(self.bits), device=device), self.bits)
 
     def quantised(self, z: Float[Tensor, "*lead d"]) -> tuple[UInt8[Tensor, "*lead d"], Float[Tensor, "*lead d"]]:
         table = torch.tensor(entries(self.bits), device=z.device)

@@ -43,6 +43,35 @@ def walk(codes: UInt8[Tensor, "*lead d"], bits: int) -> Int[Tensor, "*lead d"]:
     return states % STATES
 
 
+@dataclass(frozen=True)
+class Onward:
+    """Codes of a token some channels at a time, for `feedback.steered`: the best walk from the state that was reached.
+
+    Eight channels and eight more to look at: a state has been forgotten after eight bits, which is at most as many.
+    """
+
+    table: Float[Tensor, "states"]
+    bits: int
+    step = 8
+    ahead = 8
+
+    def coded(self, w: Float[Tensor, "channels *lead"], state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        rows = w.flatten(1)
+        before = torch.zeros(rows.shape[1], dtype=torch.int64, device=w.device) if state is None else state
+        parts = zip(rows.split(ROWS, 1), before.split(ROWS), strict=True)
+        codes = torch.cat([_viterbi(some, self.table, self.bits, start) for some, start in parts], 1)[: self.step]
+        states = walk(torch.cat((_last_codes(before, self.bits), codes)).mT, self.bits).mT[-len(codes) :]
+        shape = (len(codes), *w.shape[1:])
+        return codes.view(shape), self.table[states].view(shape), states[-1].long()
+
+
+def _last_codes(state: Int[Tensor, "rows"], bits: int) -> UInt8[Tensor, "n rows"]:
+    """Codes that lead to a state from 0, oldest first."""
+    count = -(-STATE_BITS // bits)
+    shifts = torch.arange(count - 1, -1, -1, device=state.device)[:, None] * bits
+    return ((state >> shifts) % 2**bits).to(torch.uint8)
+
+
 def viterbi(z: Float[Tensor, "*lead d"], table: Float[Tensor, "states"], bits: int) -> UInt8[Tensor, "*lead d"]:
     """Codes of the walk whose values are nearest to `z`. Of equal walks, the one with the lower older bits."""
     rows = z.reshape(-1, z.shape[-1])
@@ -50,12 +79,12 @@ def viterbi(z: Float[Tensor, "*lead d"], table: Float[Tensor, "states"], bits: i
     return torch.cat(codes).view(z.shape) if codes else torch.empty_like(z, dtype=torch.uint8)
 
 
-def _viterbi(z: Tensor, table: Tensor, bits: int) -> Tensor:
+def _viterbi(z: Tensor, table: Tensor, bits: int, start: Tensor | int = 0) -> Tensor:
     """`z` (d, rows). A state's predecessors differ in the `bits` that fall out: leading index of the costs."""
     d, rows = z.shape
     forks, heads = 2**bits, STATES // 2**bits
     cost = torch.full((STATES, rows), torch.inf, device=z.device)
-    cost[0] = 0
+    cost[start, torch.arange(rows, device=z.device)] = 0
     fallen = torch.empty(d, heads, rows, dtype=torch.uint8, device=z.device)
     for i in range(d):
         ways = cost.view(forks, heads, rows)
