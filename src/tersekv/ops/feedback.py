@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tersekv.ops.cuda import feedback as cuda
 from tersekv.ops.lookup import nearest
 
 DAMPING = 0.2  # of the mean diagonal, added to it: queries that have not been seen
@@ -53,7 +54,19 @@ def steered(
     away, t is 0 and so are the values that are decoded.
     """
     a = _damped(moments)[(None,) * (z.ndim - moments.ndim)]
-    passed = _passed_on(a, coder.step).float().movedim((-2, -1), (0, 1))[..., None]
+    passed = _passed_on(a, coder.step).float()
+    if isinstance(coder, Nearest) and cuda.steers(z):
+        codes = cuda.codes(z, passed, coder.thresholds, coder.table)
+        values = coder.table[codes.int()]
+    else:
+        codes, values = _in_turn(z, passed, coder)
+    seen = z @ a.float()
+    along = (seen * values).sum(-1)
+    return codes, torch.where(along > 0, (seen * z).sum(-1) / along, 0)
+
+
+def _in_turn(z: Tensor, passed: Tensor, coder: Coder) -> tuple[Tensor, Tensor]:
+    passed = passed.movedim((-2, -1), (0, 1))[..., None]
     w, state = z.movedim(-1, 0).clone(), None
     codes, values = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
     for start in range(0, len(w), coder.step):
@@ -61,10 +74,7 @@ def steered(
         codes[now], values[now], state = coder.coded(w[start : now.stop + coder.ahead], state)
         for i in range(start, now.stop):
             w[now.stop :] -= passed[i, now.stop :] * (w[i] - values[i])
-    codes, values = codes.movedim(0, -1), values.movedim(0, -1)
-    seen = z @ a.float()
-    along = (seen * values).sum(-1)
-    return codes, torch.where(along > 0, (seen * z).sum(-1) / along, 0)
+    return codes.movedim(0, -1), values.movedim(0, -1)
 
 
 def _damped(moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:
@@ -80,6 +90,8 @@ def _passed_on(a: Float[Tensor, "*lead d d"], step: int) -> Float[Tensor, "*lead
     With A^-1 = U' U and U upper triangular, U_ss^-1 U_sr for a step s and the rest r of the channels.
     """
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(a)), upper=True)
+    if step == 1:
+        return (upper / upper.diagonal(dim1=-2, dim2=-1)[..., None]).triu(1)
     passed = torch.zeros_like(a)
     for start in range(0, a.shape[-1], step):
         now, rest = slice(start, start + step), slice(start + step, None)
