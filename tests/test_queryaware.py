@@ -60,7 +60,7 @@ def test_queries_see_less_of_the_error_at_the_same_bytes(text: str) -> None:
     moments = (x := codec.fold_query(q[0, 0])).mT @ x
     a = q[0, 0].mT @ q[0, 0]
     blocks = k[0, 0].unflatten(0, (-1, 64))
-    plain, aware = codec.encode(blocks), codec.encode_for(blocks, moments)
+    plain, aware = codec.encode(blocks), codec.encode_for(blocks, codec.asked(moments))
     assert aware.data.shape == plain.data.shape
     errors = [seen_error(codec, blocks, codec.decode(packed), a) for packed in (plain, aware)]
     assert errors[1] < 0.7 * errors[0], errors
@@ -71,7 +71,7 @@ def test_queries_see_less_of_the_error_at_the_same_bytes(text: str) -> None:
 def test_where_queries_look_everywhere_nothing_is_gained() -> None:
     codec, k = parse_codec("rotated:bits=3", "k"), torch.randn(64, D)
     moments = torch.eye(D, dtype=torch.float64)
-    assert torch.equal(codec.encode_for(k, moments).data, codec.encode(k).data)
+    assert torch.equal(codec.encode_for(k, codec.asked(moments)).data, codec.encode(k).data)
 
 
 @pytest.mark.parametrize("text", CODECS)
@@ -81,7 +81,9 @@ def test_the_scale_is_unbiased_in_the_metric_of_the_queries(text: str) -> None:
     y = codec.fold_query(q[0, 0])
     moments = (y.mT @ y).double()
     a = moments / moments.diagonal().mean() + DAMPING * torch.eye(D)
-    k, got = (codec.fold_query(x).double() for x in (k[0, 0], codec.decode(codec.encode_for(k[0, 0], moments))))
+    k, got = (
+        codec.fold_query(x).double() for x in (k[0, 0], codec.decode(codec.encode_for(k[0, 0], codec.asked(moments))))
+    )
     assert torch.allclose((k @ a * got).sum(-1), (k @ a * k).sum(-1), rtol=2e-3)
 
 
@@ -89,9 +91,11 @@ def test_zero_keys_stay_zero_and_outliers_finite() -> None:
     codec = parse_codec("rotated:bits=2,mean=none", "k")
     x = torch.zeros(64, D)
     x[1, 3], x[2] = 3e4, 1e-6
-    got = codec.decode(codec.encode_for(x, torch.ones(D, D, dtype=torch.float64)))
+    got = codec.decode(codec.encode_for(x, codec.asked(torch.ones(D, D))))
     assert not got[0].any() and got.isfinite().all()
-    assert torch.equal(codec.encode_for(x, torch.zeros(D, D)).data, codec.encode(x).data)  # nobody has asked yet
+    assert torch.equal(
+        codec.encode_for(x, codec.asked(torch.zeros(D, D))).data, codec.encode(x).data
+    )  # nobody has asked yet
 
 
 @pytest.mark.parametrize("text", ["rotated:bits=2", "trellis:bits=2"])

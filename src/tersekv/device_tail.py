@@ -164,20 +164,20 @@ class DeviceTail:
         slot = block % (self.dense.ring_k.shape[2] // self.block)
         alike = flat.all() and (slot == slot[0]).all() and (np.diff(page) == 1).all()
         asked = None if tier.asked is None else tier.asked.flatten(0, 1)
-        for codec, ring, layout, at, moments in (
+        for codec, ring, layout, at, known in (
             (tier.k, self.dense.ring_k, tier.layouts[0], slice(None, split), asked),
             (tier.v, self.dense.ring_v, tier.layouts[1], slice(split, None), None),
         ):
             blocks = ring.view(rows, -1, self.block, d)
             if alike:  # as it is while all sequences have the same length: no copies of indices to the device
                 out = tier.pool[int(page[0]) : int(page[0]) + rows, at]
-                ops.encode(codec, blocks[:, int(slot[0])], layout, out, moments)
+                ops.encode(codec, blocks[:, int(slot[0])], layout, out, known)
                 continue
             some, slots, pages = (
                 torch.from_numpy(x).to(ring.device) for x in (flat.nonzero()[0], slot[flat], page[flat])
             )
-            moments = None if moments is None else moments[some]
-            tier.pool[pages, at] = ops.encode(codec, blocks[some, slots], layout, moments=moments).data
+            known = None if known is None else known[some]
+            tier.pool[pages, at] = ops.encode(codec, blocks[some, slots], layout, asked=known).data
 
     def settled(self, policy: Policy, count: int) -> Tiers:
         """Tiers of their own, of the first `count` tokens. Raises CacheError if these are not all held any more."""

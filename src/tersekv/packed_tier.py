@@ -71,10 +71,10 @@ class PackedTier:
         asked = {} if self.asked is None else {"asked": self.asked}
         return {"pool": self.pool, "table": self.table, "starts": self.starts} | asked
 
-    def append(self, tokens: DenseTier, moments: Tensor | None = None) -> "PackedTier":
+    def append(self, tokens: DenseTier, asked: Tensor | None = None) -> "PackedTier":
         """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block.
 
-        `moments` (b, h, blocks, d, d): of the queries that each block is encoded for, if not for what is `asked`.
+        `asked` (b, h, blocks, d, d): for each block, instead of the tier's.
         """
         tier, count = self.compacted(), tokens.lengths // self.block
         first, blocks = len(tier.pool), tokens.k.shape[2] // self.block
@@ -85,28 +85,28 @@ class PackedTier:
         old = tier.lengths // self.block
         grown = replace(
             tier,
-            pool=tier._with_pages(tokens, filled, int(count.sum()), moments),
+            pool=tier._with_pages(tokens, filled, int(count.sum()), asked),
             table=join(tier.table, old, ids, count),
             starts=join(tier.starts, old, starts, count),
             lengths=tier.lengths + tokens.lengths,
         )
         return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
 
-    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int, moments: Tensor | None) -> Tensor:
+    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int, asked: Tensor | None) -> Tensor:
         """The pool and `count` more pages, which are encoded where they stay."""
         old, split = len(self.pool), self.layouts[0].nbytes
         pool = new_pool(old + count, self.pool.shape[1], self.pool.device)
         pool[:old] = self.pool
         pages = pool[old:, :split], pool[old:, split:]
-        if moments is None and self.asked is not None:
-            moments = self.asked[:, :, None]
-        sides = zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, (moments, None), strict=True)
-        for codec, x, layout, out, asked in sides:
+        if asked is None and self.asked is not None:
+            asked = self.asked[:, :, None]
+        sides = zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, (asked, None), strict=True)
+        for codec, x, layout, out, known in sides:
             blocks = x.unflatten(2, (-1, self.block))
             if count != filled.numel():
                 blocks = blocks[filled]
-                asked = None if asked is None else asked.expand(*filled.shape, -1, -1)[filled]
-            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]), asked)
+                known = None if known is None else known.expand(*filled.shape, -1, -1)[filled]
+            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]), known)
         return pool
 
     def compacted(self) -> "PackedTier":

@@ -26,16 +26,16 @@ def encode(
     x: Float[Tensor, "*lead block d"],
     layout: Layout,
     out: UInt8[Tensor, "*lead n"] | None = None,
-    moments: Float[Tensor, "*#lead d d"] | None = None,
+    asked: Float[Tensor, "*#lead d d"] | None = None,
 ) -> Packed:
     """The bytes of `codec.encode(x)` in the order of `layout`, written to `out` if it is given. `x` may be strided.
 
-    With `moments` those of `codec.encode_for(x, moments)`.
+    With `asked` those of `codec.encode_for(x, asked)`.
     """
-    encoder, recipe = None if moments is not None else codec.encoder(layout.d), codec.recipe(layout.d)
+    encoder, recipe = None if asked is not None else codec.encoder(layout.d), codec.recipe(layout.d)
     kernels = next((k for k in (native, cuda) if encoder is not None and k.writes(encoder, layout, recipe, x)), None)
     if encoder is None or kernels is None:
-        packed = repack(codec.encode_for(x, moments), layout.order)
+        packed = repack(codec.encode_for(x, asked), layout.order)
         return packed if out is None else Packed(layout, out.copy_(packed.data))
     if out is None:
         out = torch.empty(*x.shape[:-2], layout.nbytes, dtype=torch.uint8, device=x.device)

@@ -45,22 +45,28 @@ class Nearest:
         return codes, self.table[codes.int()], None
 
 
+def prepared(moments: Float[Tensor, "*lead d d"], step: int) -> Float[Tensor, "*lead d d"]:
+    """What `steered` needs of sums of q' q, in fp32: A from the diagonal down, what errors pass on above it."""
+    a = _damped(moments)
+    return (a.tril() + _passed_on(a, step)).float()
+
+
 def steered(
-    z: Float[Tensor, "*lead block d"], moments: Float[Tensor, "*#lead d d"], coder: Coder
+    z: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"], coder: Coder
 ) -> tuple[UInt8[Tensor, "*lead block d"], Float[Tensor, "*lead block"]]:
     """Codes of tokens of variance 1, and the factor t of their values c with which z A (t c)' = z A z'.
 
-    The factor is `rotated`'s unbiased scale, in the metric of the queries. Where it has none, because the values point
-    away, t is 0 and so are the values that are decoded.
+    `asked` is `prepared`. The factor is `rotated`'s unbiased scale, in the metric of the queries. Where it has none,
+    because the values point away, t is 0 and so are the values that are decoded.
     """
-    a = _damped(moments)[(None,) * (z.ndim - moments.ndim)]
-    passed = _passed_on(a, coder.step).float()
+    asked = asked[(None,) * (z.ndim - asked.ndim)]
+    a, passed = asked.tril() + asked.tril(-1).mT, asked.triu(1)
     if isinstance(coder, Nearest) and cuda.steers(z):
         codes = cuda.codes(z, passed, coder.thresholds, coder.table)
         values = coder.table[codes.int()]
     else:
         codes, values = _in_turn(z, passed, coder)
-    seen = z @ a.float()
+    seen = z @ a
     along = (seen * values).sum(-1)
     return codes, torch.where(along > 0, (seen * z).sum(-1) / along, 0)
 

@@ -49,7 +49,8 @@ def query_tiers(tiers: Tiers) -> QueryTiers:
     return tiers
 
 
-def _asked(tiers: QueryTiers) -> Float[Tensor, "b h d d"]:
+def _sums(tiers: QueryTiers) -> Float[Tensor, "b h d d"]:
+    """Sums of q' q in fp64, in units of the grid squared; once all are counted what `Codec.asked` makes of them."""
     asked = tiers.packed["packed"].asked
     assert asked is not None  # the policy made it
     return asked
@@ -97,7 +98,7 @@ class QueryAware(Window):
             )
         queries, recent = self._folded(tiers.packed["packed"].k, fresh, asked[0]), tiers.dense["recent"].lengths
         summed, taken = np.zeros_like(recent), np.zeros_like(recent)
-        moments: list[Tensor] = []
+        codec, known = tiers.packed["packed"].k, list[Tensor]()
         while self.asking(tiers):
             later = recent - taken - (self.recent + BLOCK)  # tokens that came after the next block was due
             due = later >= 0
@@ -105,8 +106,8 @@ class QueryAware(Window):
             tiers, summed, taken = self._summed(tiers, queries, summed, until), until, taken + due * BLOCK
             if not due.any():
                 break
-            moments.append(_asked(tiers))
-        return self._packed(tiers, taken, torch.stack(moments, 2)) if moments else tiers
+            known.append(codec.asked(_sums(tiers)) if self.asking(tiers) else _sums(tiers))
+        return self._packed(tiers, taken, torch.stack(known, 2)) if known else tiers
 
     def _folded(self, k: Codec, fresh: DenseTier, q: Tensor) -> Float[Tensor, "b h n g f"]:
         """The queries of each row's tokens, as attention to its pages uses them, in units of the grid."""
@@ -123,14 +124,14 @@ class QueryAware(Window):
         mine = take(queries, start, count)
         outside = torch.from_numpy(np.arange(mine.shape[2]) >= count[..., None]).to(mine.device)
         mine = mine.masked_fill(outside[..., None, None], 0).flatten(2, 3)
-        asked = _asked(tiers) + mine.mT @ mine
+        sums, packed = _sums(tiers) + mine.mT @ mine, tiers.packed["packed"]
         done = replace(tiers, counted=torch.from_numpy(counted + count))
-        asked = asked if self.asking(done) else asked.float()  # nothing will be added
-        return replace(done, packed={"packed": replace(tiers.packed["packed"], asked=asked)})
+        asked = sums if self.asking(done) else packed.k.asked(sums)
+        return replace(done, packed={"packed": replace(packed, asked=asked)})
 
-    def _packed(self, tiers: QueryTiers, due: Lengths, moments: Tensor | None = None) -> QueryTiers:
+    def _packed(self, tiers: QueryTiers, due: Lengths, asked: Tensor | None = None) -> QueryTiers:
         recent, packed = tiers.dense["recent"], tiers.packed["packed"]
-        packed = packed.append(recent.take(np.zeros_like(due), due), moments)
+        packed = packed.append(recent.take(np.zeros_like(due), due), asked)
         recent = recent.take(due, recent.lengths - due).owned()
         return replace(tiers, dense=tiers.dense | {"recent": recent}, packed={"packed": packed})
 
