@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tersekv
-from tersekv import InputError, SpecError
+from tersekv import SpecError
 from tersekv.codecs.rotated import Rotated
 from tersekv.hf.layer import PackedLayer
 from tersekv.ops.feedback import DAMPING
@@ -135,15 +135,22 @@ def test_rows_of_different_length_are_as_if_alone() -> None:
         assert torch.equal(pages(store)[row, :, :blocks], pages(alone)[0])
 
 
-def test_queries_are_needed_first_and_not_later() -> None:
-    (q, k, v), store = tokens(400), make("rotated:bits=3 policy=queryaware observe=128")
-    with pytest.raises(InputError, match="queries of the first 128 tokens"):
-        store.append(k[:, :, :100], v[:, :, :100], NONE)
+def test_queries_are_looked_at_first_and_not_later() -> None:
+    (q, k, v), spec = tokens(400), "rotated:bits=3 policy=queryaware observe=128"
+    store, whole = make(spec), filled(spec, (q, k, v), 400)
     store.append(k[:, :, :128], v[:, :, :128], NONE, (q[:, :, :128], SCALE))
     store.append(k[:, :, 128:], v[:, :, 128:], NONE)
+    assert torch.equal(pages(store), pages(whole))
     store.crop(np.array([90]))
-    assert store.lengths.tolist() == [90]
     store.append(k[:, :, 90:], v[:, :, 90:], NONE)
+    assert store.lengths.tolist() == [400]
+
+
+def test_where_no_queries_are_shown_keys_are_those_of_the_window() -> None:
+    (_, k, v), stores = tokens(400), [make(f"rotated:bits=3{policy}") for policy in (" policy=queryaware", "")]
+    for store in stores:
+        store.append(k, v, NONE)
+    assert torch.equal(pages(stores[0]), pages(stores[1]))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.dense_tier import DenseTier
-from tersekv.errors import InputError, SpecError
+from tersekv.errors import SpecError
 from tersekv.layout import BLOCK
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Asked
@@ -90,13 +90,11 @@ class QueryAware(Window):
         return self._packed(filled, due) if due.any() else filled
 
     def _observed(self, tiers: QueryTiers, fresh: DenseTier, asked: Asked | None) -> QueryTiers:
-        """With the queries of fresh tokens, and with the blocks packed that became due before the last of them."""
-        if asked is None:
-            raise InputError(
-                f"policy=queryaware needs the queries of the first {self.observe} tokens. Run inside "
-                "`with tersekv.attached(model):`."
-            )
-        queries, recent = self._folded(tiers.packed["packed"].k, fresh, asked[0]), tiers.dense["recent"].lengths
+        """With the queries of fresh tokens, and with the blocks packed that became due before the last of them.
+
+        A host that shows no queries has none summed: blocks are then encoded as `window` does it.
+        """
+        queries, recent = self._folded(tiers.packed["packed"].k, fresh, asked), tiers.dense["recent"].lengths
         summed, taken = np.zeros_like(recent), np.zeros_like(recent)
         codec, known = tiers.packed["packed"].k, list[Tensor]()
         while self.asking(tiers):
@@ -109,9 +107,11 @@ class QueryAware(Window):
             known.append(codec.asked(_sums(tiers)) if self.asking(tiers) else _sums(tiers))
         return self._packed(tiers, taken, torch.stack(known, 2)) if known else tiers
 
-    def _folded(self, k: Codec, fresh: DenseTier, q: Tensor) -> Float[Tensor, "b h n g f"]:
+    def _folded(self, k: Codec, fresh: DenseTier, asked: Asked | None) -> Float[Tensor, "b h seen g d"]:
         """The queries of each row's tokens, as attention to its pages uses them, in units of the grid."""
-        own = q.unflatten(1, (fresh.k.shape[1], -1)).transpose(2, 3)
+        if asked is None:
+            return fresh.k[..., None, :].double() * 0
+        own = asked[0].unflatten(1, (fresh.k.shape[1], -1)).transpose(2, 3)
         own = take(own, own.shape[2] - fresh.lengths, np.minimum(fresh.lengths, self.observe))
         return (k.fold_query(own.float()).nan_to_num().clamp(-LIMIT, LIMIT) / GRID).round().double()
 
