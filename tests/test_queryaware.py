@@ -172,7 +172,7 @@ def test_in_a_model_decoded_saved_loaded_and_selected(llama: PreTrainedModel, tm
         forward(llama, cache, ids[:, :200])
         for i in range(200, 300):
             forward(llama, cache, ids[:, i : i + 1])
-        assert cache.report().planes()["packed", "asked"] == sum(2 * 4 * h * d * d for h, d in _heads(cache))
+        assert cache.report().planes()["packed", "asked"] == sum(2 * 2 * h * d * d for h, d in _heads(cache))
         tersekv.save(cache, tmp_path / "c", llama)
         again = tersekv.load(tmp_path / "c", llama)
         for one in (cache, again):

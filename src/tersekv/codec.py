@@ -45,7 +45,7 @@ class Codec(ABC):
         return self.encode(x)
 
     def asked(self, moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:
-        """What `encode_for` needs to know of queries, in fp32, from sums of q' q of folded ones."""
+        """What `encode_for` needs to know of queries, in fp16, from sums of q' q of folded ones."""
         raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
 
     @property

@@ -47,11 +47,13 @@ POLICIES = {
     "queryaware": "tersekv.policy.queryaware:QueryAware",
 }
 
+# Chosen by measurement: see docs/presets.md.
 PRESETS = {
     "terse8": "rotated:bits=8",
-    "terse4": "rotated:bits=4",
-    "terse3": "rotated:bits=3",
-    "terse2": "rotated:bits=2",
+    "terse4": "rotated:bits=4 policy=queryaware",
+    "terse3": "rotated:bits=3 policy=queryaware",
+    "terse2": "rotated:bits=2 policy=queryaware",
+    "terse1": "k=rotated:bits=2 v=rotated:bits=1 policy=queryaware",
 }
 
 PREFILL = ("exact", "packed")
@@ -131,7 +133,7 @@ def policy_name(policy: Policy) -> str:
 
 
 def policy_class(words: list[str]) -> type[Policy]:
-    """Of the word `policy=NAME`, or the window."""
+    """Of the first word `policy=NAME`, or the window."""
     named = [word.removeprefix("policy=") for word in words if word.startswith("policy=")]
     name = named[0] if named else "window"
     if name not in POLICIES:
@@ -147,8 +149,9 @@ def parse(text: str) -> Spec:
         raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
     # A preset is a start that later words may change; otherwise each thing is said once.
     settings: dict[str, Any] = {}
-    cls = policy_class(words)
-    for start in PRESETS.get(words[0], "").split():
+    preset_words = PRESETS.get(words[0], "").split()
+    cls = policy_class(words + preset_words)
+    for start in preset_words:
         _set(settings, start, cls)
     preset, said = dict(settings), set[str]()
     for word in words[1:] if preset else words:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tersekv.ops.cuda import feedback as cuda
 from tersekv.ops.lookup import nearest
 
+HALF_MAX = 65504.0
 DAMPING = 0.2  # of the mean diagonal, added to it: queries that have not been seen
 
 
@@ -46,9 +47,12 @@ class Nearest:
 
 
 def prepared(moments: Float[Tensor, "*lead d d"], step: int) -> Float[Tensor, "*lead d d"]:
-    """What `steered` needs of sums of q' q, in fp32: A from the diagonal down, what errors pass on above it."""
+    """What `steered` needs of sums of q' q: A from the diagonal down, what errors pass on above it.
+
+    In fp16, because it is kept. Rounding changes a little what an error is made up for by, and nothing that is decoded.
+    """
     a = _damped(moments)
-    return (a.tril() + _passed_on(a, step)).float()
+    return (a.tril() + _passed_on(a, step)).clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def steered(
@@ -59,7 +63,7 @@ def steered(
     `asked` is `prepared`. The factor is `rotated`'s unbiased scale, in the metric of the queries. Where it has none,
     because the values point away, t is 0 and so are the values that are decoded.
     """
-    asked = asked[(None,) * (z.ndim - asked.ndim)]
+    asked = asked.float()[(None,) * (z.ndim - asked.ndim)]
     a, passed = asked.tril() + asked.tril(-1).mT, asked.triu(1)
     if isinstance(coder, Nearest) and cuda.steers(z):
         codes = cuda.codes(z, passed, coder.thresholds, coder.table)

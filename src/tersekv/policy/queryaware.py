@@ -136,4 +136,4 @@ class QueryAware(Window):
         return replace(tiers, dense=tiers.dense | {"recent": recent}, packed={"packed": packed})
 
     def beside(self, d: int) -> int:
-        return 4 * d * d
+        return 2 * d * d
