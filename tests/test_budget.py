@@ -15,7 +15,7 @@ BUDGET = {
     "calibrate": 640,
     "codecs": 1090,
     "eval": 1330,
-    "hf": 1000,
+    "hf": 1080,
     "models": 600,
     "ops": 1260,
     "ops/cuda": 1200,

@@ -42,7 +42,12 @@ def test_codes_with_feedback_are_those_of_the_reference(d: int, bits: int) -> No
 
 @pytest.mark.parametrize(
     "spec",
-    ["terse3", "rotated:bits=2 policy=queryaware", "k=intn:bits=2,axis=channel v=lloydmax:bits=4", "none:dtype=fp32"],
+    [
+        "rotated:bits=3",
+        "rotated:bits=2 policy=queryaware",
+        "k=intn:bits=2,axis=channel v=lloydmax:bits=4",
+        "none:dtype=fp32",
+    ],
 )
 def test_store_agrees_with_the_cpu(spec: str) -> None:
     outputs = []
@@ -70,7 +75,7 @@ def test_models_generate_the_same_on_both_routes(family: str) -> None:
     ids = torch.randint(1, 97, (2, 300), device="cuda")
     for route in ("fused", "decoded"):
         with tersekv.attached(model, route):
-            cache = tersekv.cache(model, "terse3")
+            cache = tersekv.cache(model, "rotated:bits=3")
             texts.append(model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False))
     assert torch.equal(*texts)
     assert cache.report().ratio > 1

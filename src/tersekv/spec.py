@@ -47,8 +47,7 @@ POLICIES = {
     "queryaware": "tersekv.policy.queryaware:QueryAware",
 }
 
-# Chosen by measurement: see docs/presets.md.
-PRESETS = {
+PRESETS = {  # chosen by measurement: docs/presets.md
     "terse8": "rotated:bits=8",
     "terse4": "rotated:bits=4 policy=queryaware",
     "terse3": "rotated:bits=3 policy=queryaware",
@@ -149,10 +148,9 @@ def parse(text: str) -> Spec:
         raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
     # A preset is a start that later words may change; otherwise each thing is said once.
     settings: dict[str, Any] = {}
-    preset_words = PRESETS.get(words[0], "").split()
-    cls = policy_class(words + preset_words)
-    for start in preset_words:
-        _set(settings, start, cls)
+    cls = policy_class(words + (start := PRESETS.get(words[0], "").split()))
+    for word in start:
+        _set(settings, word, cls)
     preset, said = dict(settings), set[str]()
     for word in words[1:] if preset else words:
         for key in _set(settings, word, cls):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tersekv.hf.report import cache_report
 from tersekv.policy.adaptive import Adaptive
 from tersekv.policy.controller import Controller
 from tersekv.report import CacheReport
-from tersekv.spec import Spec, parse
+from tersekv.spec import PRESETS, Spec, parse
 
 
 class PackedCache(Cache):
@@ -230,8 +231,10 @@ def _restore(layer: Any, state: Any) -> None:
         vars(layer).update(state)
 
 
-def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None) -> PackedCache:
-    """An empty packed cache for `model`.
+def cache(
+    model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None, selftest: bool = True
+) -> PackedCache:
+    """An empty packed cache for `model`. A preset is tried on it once a process and warns if it fails: `hf.selftest`.
 
     `room`: tokens that a sequence may come to have. On a GPU memory for them is taken at the first decoding step, so
     that it is not copied again, and a captured step serves all of them. More are taken all the same.
@@ -245,4 +248,6 @@ def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None 
             f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
             "Use a causal language model such as LlamaForCausalLM."
         )
+    if selftest and spec in PRESETS:
+        import_module("tersekv.hf.selftest").warn_if_failed(model, spec, chosen)  # which makes caches itself
     return PackedCache(model.config, chosen, controller_of(model, chosen), room)
