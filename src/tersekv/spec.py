@@ -48,7 +48,7 @@ POLICIES = {
 }
 
 PRESETS = {  # chosen by measurement: docs/presets.md
-    "terse8": "rotated:bits=8",
+    "terse8": "rotated:bits=8,scale_kind=fp16",
     "terse4": "rotated:bits=4 policy=queryaware",
     "terse3": "rotated:bits=3 policy=queryaware",
     "terse2": "rotated:bits=2 policy=queryaware",
