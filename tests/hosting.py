@@ -2,14 +2,14 @@
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 import tersekv
 
 PROMPT = 300
 
 
-def forward(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def forward(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits
 
 

@@ -48,7 +48,7 @@ def test_dense_ragged_and_poisoned(d: int, g: int) -> None:
     near(attend_dense(q, k, v, lengths, d**-0.5), exact(q, k, v, lengths, d**-0.5), 1)
 
 
-@pytest.mark.parametrize("spec", ["terse3", "intn:bits=2,axis=channel", "k=lloydmax:bits=4 v=none:dtype=fp32"])
+@pytest.mark.parametrize("spec", ["rotated:bits=3", "intn:bits=2,axis=channel", "k=lloydmax:bits=4 v=none:dtype=fp32"])
 @pytest.mark.parametrize("d", [64, 80, 128])
 def test_pages_ragged_shuffled_and_poisoned(spec: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages lie in any order, rows have any number of blocks, unused pages hold NaN bytes."""

@@ -78,7 +78,7 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "FLUSH", 2**20)
     monkeypatch.setattr(gpu, "COPY", 2**20)
     cases = [{"b": 2, "d": 64, "hq": 4, "h": 2, "t": 256}]
-    record = gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "terse3"}, cases, 2)], "cuda")
+    record = gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "rotated:bits=3"}, cases, 2)], "cuda")
     names = {row["name"] for row in record["cases"][0]["rows"]}
     assert "3 bits" in names and len(names) > 1
     assert gpu_run.encode(64, 640, "cuda", 2)["rows"]
@@ -89,7 +89,7 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu, "attend_pages", wrong)
     with pytest.raises(TersekvError, match="Parity gate"):
-        gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "terse3"}, cases, 2)], "cuda")
+        gpu_run.attend([gpu_run.Grid("tiny", {"3 bits": "rotated:bits=3"}, cases, 2)], "cuda")
 
 
 def test_the_dense_bound_attends_to_its_whole_cache_without_a_mask() -> None:

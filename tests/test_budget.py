@@ -10,16 +10,16 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3700,
+    ".": 3760,
     "bench": 2400,
     "calibrate": 990,
     "codecs": 1290,
     "eval": 1330,
-    "hf": 1040,
+    "hf": 1100,
     "models": 600,
     "ops": 1500,
     "ops/cuda": 1200,
-    "policy": 1210,
+    "policy": 1330,
     "reports": 660,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9

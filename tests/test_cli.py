@@ -14,7 +14,8 @@ import pytest
 from tiny_model import save_tiny_model
 
 from tersekv.cli import main
-from tersekv.spec import POLICIES, PRESETS, codecs, parse
+from tersekv.registry import POLICIES, PRESETS
+from tersekv.spec import codecs, parse
 
 HELP = Path(__file__).parent / "help"
 VERBS = {
@@ -129,7 +130,7 @@ def test_info_of_a_model_says_what_a_context_costs(said: Any, tmp_path: Path) ->
     assert facts["head_dim"] == facts["model"]["head_dim"] == 8
     assert facts["model"]["dense"] == 1024 * 2 * 8 * 2  # tokens, K and V, head dim, bytes; one layer, one KV head
     blocks = (1024 - 4 - 64) // 64
-    assert facts["model"]["packed"] == blocks * facts["page_bytes"] + (1024 - 64 * blocks) * 2 * 8 * 2
+    assert facts["model"]["packed"] == blocks * facts["page_bytes"] + (1024 - 64 * blocks) * 2 * 8 * 2 + 2 * 8 * 8
     assert "1,024 tokens" in said("info", "terse4", "--model", str(folder), "--context", "1024")[1]
 
 
@@ -151,7 +152,7 @@ def test_try_on_a_model_folder(said: Any, tmp_path: Path) -> None:
     status, text, _ = said(*arguments, "--json")
     trial = json.loads(text)
     assert status == 0
-    assert [row["spec"] for row in trial["rows"]] == ["dense", "rotated:bits=4", "none"]
+    assert [row["spec"] for row in trial["rows"]] == ["dense", "rotated:bits=4 policy=queryaware", "none"]
     assert trial["prompt_tokens"] == 1
     status, shown, _ = said(*arguments)
     assert all(word in shown for word in ("dense", "rotated:bits=4", "ratio", "tokens/s"))

@@ -8,7 +8,7 @@ import pytest
 
 from tersekv.codec import Codec
 from tersekv.errors import TersekvError
-from tersekv.ops.cuda import attending, chunks, compiler, encoding, joining, source, stepping
+from tersekv.ops.cuda import attending, chunks, compiler, encoding, feedback, joining, source, stepping
 from tersekv.spec import parse, parse_codec
 
 pytestmark = pytest.mark.skipif(compiler.uncompilable() is not None, reason=str(compiler.uncompilable()))
@@ -169,3 +169,9 @@ def test_damaged_machine_code_is_compiled_again(tmp_path: Path) -> None:
 def test_an_error_carries_the_log() -> None:
     with pytest.raises(TersekvError, match=re.compile("sm_90.*undefined", re.DOTALL)):
         compiler.compiled("int x = y;", "sm_90")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("d", "bits"), [(64, 1), (128, 4), (256, 8)])
+def test_feedback(d: int, bits: int, arch: str) -> None:
+    assert stack_bytes(compiler.compiled(feedback.text(d, 2 ** (bits - 1)), arch, encoding.EXACT)) == 0

@@ -69,7 +69,9 @@ def test_ops_run_the_kernels() -> None:
     assert ops.implementation_of(pages) == "CUDA"
 
 
-@pytest.mark.parametrize("spec", ["terse4", "terse2", "intn:bits=4", "k=intn:bits=2,axis=channel v=lloydmax:bits=3"])
+@pytest.mark.parametrize(
+    "spec", ["rotated:bits=4", "rotated:bits=2", "intn:bits=4", "k=intn:bits=2,axis=channel v=lloydmax:bits=3"]
+)
 def test_a_store_decodes_with_the_kernels(
     spec: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +91,11 @@ def test_a_store_decodes_with_the_kernels(
 
 
 def test_what_kernels_refuse_runs_on_the_reference() -> None:
-    refused = (("terse8", 256, "8 bits of unequal steps"), ("intn:bits=5", 64, "5 bits"), ("none", 64, "recipe dense"))
+    refused = (
+        ("rotated:bits=8", 256, "8 bits of unequal steps"),
+        ("intn:bits=5", 64, "5 bits"),
+        ("none", 64, "recipe dense"),
+    )
     for spec, d, said in refused:
         store = Store(parse(spec), 1, 1, d, torch.float32, torch.device("cuda"))
         for n in (200, 1):
@@ -111,7 +117,7 @@ def test_a_decoding_step_is_captured_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["terse4", "terse3", "rotated:bits=1", "intn:bits=4", "intn:bits=8", "lloydmax:bits=2"]
+    "spec", ["rotated:bits=4", "rotated:bits=3", "rotated:bits=1", "intn:bits=4", "intn:bits=8", "lloydmax:bits=2"]
 )
 @pytest.mark.parametrize(("d", "t"), [(64, 1024), (128, 4096)])
 def test_errors_of_many_blocks_at_once(spec: str, d: int, t: int) -> None:

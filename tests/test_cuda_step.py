@@ -50,9 +50,9 @@ def assert_same(one: Tiers, other: Tiers) -> None:
 @pytest.mark.parametrize(
     ("spec", "d", "g", "n", "dtype"),
     [
-        ("terse4", 128, 4, 1, torch.bfloat16),
+        ("rotated:bits=4", 128, 4, 1, torch.bfloat16),
         ("k=rotated:bits=4 v=rotated:bits=2 sink=0 recent=100", 64, 3, 1, torch.float16),
-        ("terse2 sink=70 recent=0", 128, 8, 1, torch.bfloat16),
+        ("rotated:bits=2 sink=70 recent=0", 128, 8, 1, torch.bfloat16),
         ("intn:bits=4", 128, 1, 3, torch.float32),
         ("k=intn:bits=2,axis=channel v=lloydmax:bits=3", 256, 4, 5, torch.bfloat16),
         ("rotated:bits=1", 64, 16, 16, torch.bfloat16),
@@ -78,7 +78,7 @@ def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: 
 
 
 def test_a_step_can_be_taken_back_until_its_block_is_packed() -> None:
-    store = Store(parse("terse3"), 1, 2, 64, torch.bfloat16, CUDA, 1000)
+    store = Store(parse("rotated:bits=3"), 1, 2, 64, torch.bfloat16, CUDA, 1000)
     store.extend(*draw(1, 2, 2, 150, 64, torch.bfloat16), None, 0.125)
     steps, early = [draw(1, 2, 2, 1, 64, torch.bfloat16) for _ in range(70)], None
     for number, step in enumerate(steps):
@@ -96,7 +96,7 @@ def test_a_step_can_be_taken_back_until_its_block_is_packed() -> None:
 
 
 def test_what_is_not_finite_is_never_packed() -> None:
-    store = Store(parse("terse4"), 1, 1, 64, torch.float16, CUDA)
+    store = Store(parse("rotated:bits=4"), 1, 1, 64, torch.float16, CUDA)
     store.extend(*draw(1, 1, 1, 100, 64, torch.float16), None, 0.125)
     q, k, v = draw(1, 1, 1, 1, 64, torch.float16)
     with pytest.raises(InputError, match="not finite"):
@@ -123,7 +123,7 @@ def test_a_graph_says_what_eager_says_token_by_token(room: int | None, padded: b
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     steps = 700 if room is None else 300
     with tersekv.attached(model), torch.inference_mode():
-        caches = [tersekv.cache(model, "terse4", room) for _ in range(2)]
+        caches = [tersekv.cache(model, "rotated:bits=4", room) for _ in range(2)]
         said = [
             model(ids, past_key_values=c, attention_mask=mask, position_ids=positions).logits[:, -1] for c in caches
         ]
@@ -144,7 +144,7 @@ def test_a_graph_says_what_eager_says_token_by_token(room: int | None, padded: b
 def test_a_cache_in_a_graph_can_be_copied_cropped_and_saved(tmp_path: Any) -> None:
     model, ids = tiny(), torch.randint(1, 97, (1, 200), device=CUDA)
     with tersekv.attached(model), torch.inference_mode():
-        cache = tersekv.cache(model, "terse4", 600)
+        cache = tersekv.cache(model, "rotated:bits=4", 600)
         model(ids, past_key_values=cache)
         graphed = tersekv.GraphedStep(model, cache)
         for token in range(1, 50):
@@ -177,7 +177,7 @@ def test_kernels_run_where_their_tensors_are() -> None:
     outputs = []
     for device in ("cuda:0", "cuda:1"):
         torch.manual_seed(0)
-        store = Store(parse("terse4"), 1, 2, 64, torch.bfloat16, torch.device(device))
+        store = Store(parse("rotated:bits=4"), 1, 2, 64, torch.bfloat16, torch.device(device))
         for n in (200, *[1] * 70):
             q, k, v = (torch.randn(1, h, n, 64).to(device, torch.bfloat16) for h in (4, 2, 2))
             outputs.append(store.extend(q, k, v, None, 0.125).cpu())
@@ -187,7 +187,7 @@ def test_kernels_run_where_their_tensors_are() -> None:
 
 def test_making_room_holds_the_pages_of_one_layer_twice_and_not_of_all() -> None:
     model = tiny(layers=8, max_position_embeddings=4096)
-    cache = tersekv.cache(model, "terse4")
+    cache = tersekv.cache(model, "rotated:bits=4")
     with torch.inference_mode(), tersekv.attached(model):
         model(input_ids=torch.arange(3000, device=CUDA)[None] % 97, past_key_values=cache, logits_to_keep=1)
         held = sum(layer.opened().tiers.packed["packed"].pool.nbytes for layer in cache.layers)

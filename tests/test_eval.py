@@ -44,7 +44,7 @@ def test_chunking_does_not_change_the_result(llama: PreTrainedModel) -> None:
     ids = torch.randint(1, 97, (1, 400))
     rows = []
     for chunk in (400, 77):
-        chosen = arms(llama, [parse("terse2 prefill=packed"), parse("none:dtype=fp32 prefill=packed")])
+        chosen = arms(llama, [parse("rotated:bits=2 prefill=packed"), parse("none:dtype=fp32 prefill=packed")])
         compare(llama, ids, chosen, chunk, 128)
         rows.append([arm.divergence.summary() for arm in chosen])
     for whole, parts in zip(*rows, strict=True):
@@ -97,7 +97,7 @@ class Letters:
 
 RUN = """
 model = "tiny"
-specs = ["terse4", "terse2"]
+specs = ["rotated:bits=4", "rotated:bits=2"]
 dtype = "float32"
 [tensors]
 tokens = 200
@@ -250,13 +250,13 @@ def test_a_report_is_one_page_that_needs_nothing_else(
         ("model = 3 = 4", "is not a run file"),
         ('model = "x"\nmodle = "x"', 'unknown field "modle". Did you mean "model"'),
         ('model = "x"\n[logits]', "specs missing"),
-        ('model = "x"\nspecs = ["terse4"]', r"measures nothing. Add a section: \[tensors\]"),
+        ('model = "x"\nspecs = ["rotated:bits=4"]', r"measures nothing. Add a section: \[tensors\]"),
         (
-            'model = "x"\nspecs = ["terse4"]\n[logits]\nchunks = 3',
+            'model = "x"\nspecs = ["rotated:bits=4"]\n[logits]\nchunks = 3',
             r'\[logits\]: unknown field "chunks". Did you mean "chunk"',
         ),
-        ('model = "x"\nspecs = ["terse4"]\n[logits]\nwindows = ["a"]', r"windows = \['a'\] is no list"),
-        ('model = "x"\nspecs = ["terse4"]\n[logits]\nwindows = [99]', "Each length must be from score_from"),
+        ('model = "x"\nspecs = ["rotated:bits=4"]\n[logits]\nwindows = ["a"]', r"windows = \['a'\] is no list"),
+        ('model = "x"\nspecs = ["rotated:bits=4"]\n[logits]\nwindows = [99]', "Each length must be from score_from"),
     ],
 )
 def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:

@@ -20,7 +20,7 @@ def saved(any_model: PreTrainedModel, tmp_path: Path) -> tuple[tersekv.PackedCac
     ids = torch.randint(1, 97, (2, 200))
     mask = torch.ones_like(ids)
     mask[1, :31] = 0
-    cache = tersekv.cache(any_model, "terse3 recent=32")
+    cache = tersekv.cache(any_model, "rotated:bits=3 recent=32")
     with tersekv.attached(any_model):
         any_model(input_ids=ids, past_key_values=cache, attention_mask=mask)
     path = tmp_path / "cache.safetensors"
@@ -65,7 +65,7 @@ def test_a_truncated_file_is_refused(any_model: PreTrainedModel, saved: tuple, k
     [
         ({"format": "other"}, "not a tersekv cache"),
         ({"version": "99"}, "has version 99"),
-        ({"spec": "terse2"}, "damaged"),
+        ({"spec": "rotated:bits=2"}, "damaged"),
         ({"sha256": ""}, "damaged"),
     ],
 )
@@ -87,7 +87,7 @@ def test_foreign_files_and_models_are_refused(llama: PreTrainedModel, tmp_path: 
         tersekv.load(foreign, llama)
     with pytest.raises(CacheFileError, match="cannot be read"):
         tersekv.load(tmp_path / "absent.safetensors", llama)
-    cache, path = tersekv.cache(llama, "terse4"), tmp_path / "cache.safetensors"
+    cache, path = tersekv.cache(llama, "rotated:bits=4"), tmp_path / "cache.safetensors"
     with pytest.raises(CacheError, match="nothing to save"):
         tersekv.save(cache, path, llama)
     with tersekv.attached(llama):

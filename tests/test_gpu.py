@@ -7,6 +7,8 @@ from conftest import FAMILIES, make_model
 from test_conformance import CONFIGURATIONS
 
 import tersekv
+from tersekv.codecs.rotated import Rotated
+from tersekv.ops import feedback
 from tersekv.spec import parse, parse_codec
 from tersekv.store import Store
 from tersekv.testing import HEAD_DIMS, sample
@@ -26,7 +28,27 @@ def test_bytes_are_those_of_the_cpu(text: str) -> None:
             assert torch.equal(codec.decode(packed).cpu(), codec.decode(codec.encode(x))), f"d={d} seed={seed}"
 
 
-@pytest.mark.parametrize("spec", ["terse3", "k=intn:bits=2,axis=channel v=lloydmax:bits=4", "none:dtype=fp32"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_codes_with_feedback_are_those_of_the_reference(d: int, bits: int) -> None:
+    """From the same matrices; those themselves are factored by another library."""
+    codec, z = parse_codec(f"rotated:bits={bits}", "k"), torch.randn(3, 2, 5, 64, d, device="cuda")
+    assert isinstance(codec, Rotated)
+    coder, passed = codec.coder(d, z.device), torch.randn(3, 2, 1, d, d, device="cuda").triu(1) / d
+    assert isinstance(coder, feedback.Nearest) and feedback.cuda.steers(z)
+    found = feedback.cuda.codes(z, passed, coder.thresholds, coder.table)
+    assert torch.equal(found, feedback._in_turn(z, passed, coder)[0])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rotated:bits=3",
+        "rotated:bits=2 policy=queryaware",
+        "k=intn:bits=2,axis=channel v=lloydmax:bits=4",
+        "none:dtype=fp32",
+    ],
+)
 def test_store_agrees_with_the_cpu(spec: str) -> None:
     outputs = []
     for device in ("cpu", "cuda"):
@@ -53,7 +75,7 @@ def test_models_generate_the_same_on_both_routes(family: str) -> None:
     ids = torch.randint(1, 97, (2, 300), device="cuda")
     for route in ("fused", "decoded"):
         with tersekv.attached(model, route):
-            cache = tersekv.cache(model, "terse3")
+            cache = tersekv.cache(model, "rotated:bits=3")
             texts.append(model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False))
     assert torch.equal(*texts)
     assert cache.report().ratio > 1

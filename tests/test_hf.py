@@ -26,7 +26,9 @@ def test_exact_pages_are_the_dense_cache(any_model: PreTrainedModel, ids: Tensor
             assert cache.get_seq_length() == PROMPT
 
 
-@pytest.mark.parametrize("spec", ["terse4", "terse2 prefill=packed", "k=intn:bits=4,axis=channel v=lloydmax:bits=3"])
+@pytest.mark.parametrize(
+    "spec", ["rotated:bits=4", "rotated:bits=2 prefill=packed", "k=intn:bits=4,axis=channel v=lloydmax:bits=3"]
+)
 def test_three_routes_agree(any_model: PreTrainedModel, ids: Tensor, spec: str) -> None:
     logits = {}
     for route in ("exact", "decoded"):
@@ -44,7 +46,7 @@ def test_three_routes_agree(any_model: PreTrainedModel, ids: Tensor, spec: str) 
 def test_packed_layers_really_lose_something(any_model: PreTrainedModel, ids: Tensor) -> None:
     """The routes above would also agree if nothing were packed."""
     with tersekv.attached(any_model):
-        got = forward(any_model, tersekv.cache(any_model, "terse2 prefill=packed"), ids)
+        got = forward(any_model, tersekv.cache(any_model, "rotated:bits=2 prefill=packed"), ids)
     assert (got - dense(any_model, ids)).abs().max() > 100 * tolerance(got)
 
 
@@ -95,7 +97,7 @@ def test_greedy_tokens_are_the_same_on_both_routes(any_model: PreTrainedModel, i
     texts = []  # a block becomes due after 24 of the new tokens
     for route in ("exact", "decoded"):
         with tersekv.attached(any_model, route):
-            cache = tersekv.cache(any_model, "terse3")
+            cache = tersekv.cache(any_model, "rotated:bits=3")
             texts.append(any_model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False))
     assert torch.equal(*texts)
 
@@ -124,7 +126,7 @@ def test_crop_and_continue(llama: PreTrainedModel, ids: Tensor) -> None:
 def test_a_copy_goes_its_own_way(any_model: PreTrainedModel, ids: Tensor) -> None:
     more = ids[:, :9]
     with tersekv.attached(any_model):
-        cache = tersekv.cache(any_model, "terse3")
+        cache = tersekv.cache(any_model, "rotated:bits=3")
         forward(any_model, cache, ids)
         fork = cache.copy()
         first = forward(any_model, fork, more)
@@ -135,7 +137,7 @@ def test_a_copy_goes_its_own_way(any_model: PreTrainedModel, ids: Tensor) -> Non
 
 def test_report_with_no_sink(llama: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3 sink=0")
+        cache = tersekv.cache(llama, "rotated:bits=3 sink=0")
         forward(llama, cache, ids)
     report = cache.report()
     assert report.dense == 3 * 2 * 2 * 2 * PROMPT * 32 * 4 == 2 * report.dense16
@@ -144,7 +146,7 @@ def test_report_with_no_sink(llama: PreTrainedModel, ids: Tensor) -> None:
 
 def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(any_model):
-        cache = tersekv.cache(any_model, "terse3")
+        cache = tersekv.cache(any_model, "rotated:bits=3")
         assert cache.report().held == 0
         forward(any_model, cache, ids)
     report = cache.report()
@@ -162,7 +164,7 @@ def test_report_lists_every_layer_and_counts_every_byte(any_model: PreTrainedMod
 
 
 def test_a_report_counts_what_waits_and_moves_nothing(llama: PreTrainedModel, ids: Tensor) -> None:
-    cache = tersekv.cache(llama, "terse4")
+    cache = tersekv.cache(llama, "rotated:bits=4")
     with tersekv.attached(llama):
         forward(llama, cache, ids[:1])
         before = cache.report().held
@@ -179,9 +181,9 @@ def test_a_report_counts_what_waits_and_moves_nothing(llama: PreTrainedModel, id
 def test_gradients_are_refused_when_asked_for(ids: Tensor) -> None:
     llama = make_model("llama").train().requires_grad_(True)
     with torch.enable_grad(), tersekv.attached(llama):
-        loss = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "terse4"), labels=ids).loss
+        loss = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "rotated:bits=4"), labels=ids).loss
         with torch.no_grad():
-            same = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "terse4"), labels=ids).loss
+            same = llama(input_ids=ids, past_key_values=tersekv.cache(llama, "rotated:bits=4"), labels=ids).loss
     assert loss.detach() == same
     with pytest.raises(InputError, match="no gradient: what is stored is rounded"):
         loss.backward()
@@ -223,7 +225,7 @@ def test_dense_layers_keep_the_models_own_attention() -> None:
     with tersekv.attached(model):
         assert torch.equal(dense(model, ids), expected)
         with pytest.raises(InputError, match="s_aux, which packed attention does not compute"):
-            forward(model, tersekv.cache(model, "terse4"), ids)
+            forward(model, tersekv.cache(model, "rotated:bits=4"), ids)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -243,7 +245,7 @@ def test_crop_of_all_layers_or_none(ids: Tensor) -> None:
     """A full sliding window cannot be cropped; the packed layer before it must then not be either."""
     model = make_model("gemma3")
     with tersekv.attached(model):
-        cache = tersekv.cache(model, "terse3")
+        cache = tersekv.cache(model, "rotated:bits=3")
         forward(model, cache, ids)
         with pytest.raises(RuntimeError):
             cache.crop(-5)
@@ -252,7 +254,7 @@ def test_crop_of_all_layers_or_none(ids: Tensor) -> None:
 
 def test_reset_makes_it_new(llama: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3")
+        cache = tersekv.cache(llama, "rotated:bits=3")
         first = forward(llama, cache, ids)
         cache.reset()
         assert cache.report().held == 0

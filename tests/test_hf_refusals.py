@@ -24,7 +24,7 @@ def test_nan_names_layer_and_position_and_changes_nothing(
     model = family_model
     with warnings.catch_warnings(), tersekv.attached(model) if is_attached else nullcontext():
         warnings.simplefilter("ignore" if not is_attached else "error", UserWarning)
-        cache = tersekv.cache(model, "terse3")
+        cache = tersekv.cache(model, "rotated:bits=3")
         forward(model, cache, ids[:, :200])
         bad = ids[:, 200:].clone()
         bad[1, 7] = 96
@@ -57,7 +57,7 @@ def test_an_interrupted_pass_is_noticed_and_rolled_back(llama: PreTrainedModel, 
         raise KeyboardInterrupt
 
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3")
+        cache = tersekv.cache(llama, "rotated:bits=3")
         forward(llama, cache, ids[:, :200])
         expected = forward(llama, cache.copy(), ids[:, 200:])
         hook = llama.model.layers[2].register_forward_pre_hook(interrupt)
@@ -78,7 +78,7 @@ def test_an_interrupted_pass_is_noticed_and_rolled_back(llama: PreTrainedModel, 
 
 def test_mismatched_input_is_refused(llama: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3")
+        cache = tersekv.cache(llama, "rotated:bits=3")
         forward(llama, cache, ids)
         with pytest.raises(InputError, match="holds sequences 2, but was given 1"):
             forward(llama, cache, ids[:1])
@@ -95,7 +95,7 @@ def test_masks_that_packed_attention_cannot_compute(llama: PreTrainedModel, ids:
     right, other = torch.ones_like(ids), torch.ones_like(ids)
     right[0, -5:] = 0
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3")
+        cache = tersekv.cache(llama, "rotated:bits=3")
         with pytest.raises(InputError, match="left padding"):
             forward(llama, cache, ids, right)
         with pytest.raises(InputError, match="custom attention mask"):
@@ -111,7 +111,7 @@ def test_masks_that_packed_attention_cannot_compute(llama: PreTrainedModel, ids:
 def test_a_padded_cache_needs_an_attached_model(llama: PreTrainedModel, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
     mask[1, :77] = 0
-    cache = tersekv.cache(llama, "terse3")
+    cache = tersekv.cache(llama, "rotated:bits=3")
     with tersekv.attached(llama):
         forward(llama, cache, ids, mask)
     with pytest.warns(UserWarning, match="not attached"), pytest.raises(InputError, match="left-padded batch"):
@@ -121,7 +121,7 @@ def test_a_padded_cache_needs_an_attached_model(llama: PreTrainedModel, ids: Ten
 
 def test_context_limit(llama: PreTrainedModel) -> None:
     with tersekv.attached(llama):
-        cache = tersekv.cache(llama, "terse3")
+        cache = tersekv.cache(llama, "rotated:bits=3")
         forward(llama, cache, torch.ones(1, 1024, dtype=torch.long))
         with pytest.raises(InputError, match="1025 tokens are more than this model's context of 1024"):
             forward(llama, cache, torch.ones(1, 1, dtype=torch.long))
@@ -139,4 +139,4 @@ def test_models_without_a_cache_to_pack() -> None:
     ]
     for model in models:
         with pytest.raises(ModelError):
-            tersekv.cache(model, "terse4")
+            tersekv.cache(model, "rotated:bits=4")

@@ -72,7 +72,7 @@ def test_repack_is_exact(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_order_is_refused() -> None:
     with pytest.raises(SpecError, match="spiral"):
-        repack(parse("terse4").k.encode(sample(64)), "spiral")
+        repack(parse("rotated:bits=4").k.encode(sample(64)), "spiral")
 
 
 def test_log8_rounds_to_the_nearest_step() -> None:
@@ -85,7 +85,7 @@ def test_log8_rounds_to_the_nearest_step() -> None:
 @pytest.mark.parametrize("d", [0, 4, 12, 100])
 def test_head_dim_must_end_on_a_byte(d: int) -> None:
     with pytest.raises(SpecError, match=f"head_dim {d}"):
-        parse("terse4").k.layout(d)
+        parse("rotated:bits=4").k.layout(d)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])

@@ -215,7 +215,7 @@ def test_wrong_shapes_are_refused_before_any_write() -> None:
         native_encoding.encode(encoder, x, layout, good, "sse9")
 
 
-@pytest.mark.parametrize("spec", ["terse3", "k=intn:axis=channel v=lloydmax:bits=2", "trellis", "none"])
+@pytest.mark.parametrize("spec", ["rotated:bits=3", "k=intn:axis=channel v=lloydmax:bits=2", "trellis", "none"])
 def test_a_store_encodes_natively(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a processor the codecs' own `encode` does not run."""
     parsed = parse(spec)

@@ -49,7 +49,9 @@ def test_ops_run_the_kernels() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("spec", ["terse4", "terse3", "trellis:bits=2", "k=intn:bits=8,axis=channel v=none"])
+@pytest.mark.parametrize(
+    "spec", ["rotated:bits=4", "rotated:bits=3", "trellis:bits=2", "k=intn:bits=8,axis=channel v=none"]
+)
 def test_transformers_decodes_with_the_kernels(
     spec: str, any_model: PreTrainedModel, ids: Tensor, request: pytest.FixtureRequest
 ) -> None:
@@ -64,7 +66,7 @@ def test_transformers_decodes_with_the_kernels(
 
 @needs_native
 def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor) -> None:
-    for spec, said in (("terse4", "native "), ("intn:bits=5", "reference (keys: 5 bits at head dim")):
+    for spec, said in (("rotated:bits=4", "native "), ("intn:bits=5", "reference (keys: 5 bits at head dim")):
         with tersekv.attached(llama):
             forward(llama, cache := tersekv.cache(llama, spec), ids)
         assert cache.report().implementation.startswith(said)
@@ -111,7 +113,7 @@ def test_a_head_dim_beyond_the_kernels_scratch_runs_on_the_reference() -> None:
     outputs = []
     for route in ("fused", "decoded"):
         torch.manual_seed(0)
-        store = Store(parse("terse4"), 1, 1, d, torch.float32, torch.device("cpu"))
+        store = Store(parse("rotated:bits=4"), 1, 1, d, torch.float32, torch.device("cpu"))
         for n in (200, 1):
             q, k, v = (torch.randn(1, h, n, d) for h in (2, 1, 1))
             outputs.append(store.extend(q, k, v, none, d**-0.5, route))

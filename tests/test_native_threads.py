@@ -60,7 +60,7 @@ def test_two_callers_at_once() -> None:
 def decoded_texts(seed: int) -> list[Tensor]:
     """A cache that takes a chunk and then tokens one by one, blocks becoming due meanwhile."""
     generator = torch.Generator().manual_seed(seed)
-    store = Store(parse("terse3"), 1, 2, 64, torch.float32, torch.device("cpu"))
+    store = Store(parse("rotated:bits=3"), 1, 2, 64, torch.float32, torch.device("cpu"))
     outputs = []
     for n in (300, *[1] * 80):
         q, k, v = (torch.randn(1, h, n, 64, generator=generator) for h in (4, 2, 2))

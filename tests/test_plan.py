@@ -12,7 +12,8 @@ import tersekv
 from tersekv.errors import InputError
 from tersekv.hf.cost import sequence_bytes, weight_count
 from tersekv.plan import MOST, largest, memory_bytes, plan
-from tersekv.spec import PRESETS, parse
+from tersekv.registry import PRESETS
+from tersekv.spec import parse
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_bytes_of_a_sequence_are_those_of_a_cache(folder: str) -> None:
     with torch.inference_mode(), tersekv.attached(model):
         model(input_ids=torch.ones(1, 700, dtype=torch.int64), past_key_values=cache)
     held, planes = cache.report().held, cache.report().planes()
-    left_out = sum(count for (_, plane), count in planes.items() if plane in ("positions", "lengths"))
+    left_out = sum(count for (_, plane), count in planes.items() if plane in ("positions", "lengths", "counted"))
     assert sequence_bytes(model.config, spec, 700) == held - left_out
     assert left_out < 0.06 * held  # of this tiny model; 8 bytes a token and head at most
 
@@ -62,9 +63,9 @@ def test_what_fits_fits_and_one_token_more_does_not(folder: str) -> None:
 
 def test_quality_comes_from_the_records(folder: str) -> None:
     rooms = {room.spec: room for room in plan(folder, "1MiB", None, 1, 16.0, 0.1).rooms}
-    record = json.loads((Path(__file__).parents[1] / "results" / "smollm2.json").read_text())
-    kl = next(row["logits"]["4096"]["kl_mean"] for row in record["rows"] if row["spec"] == "rotated:bits=3")
-    assert rooms["terse3"].kl["smollm2"] == kl
+    record = json.loads((Path(__file__).parents[1] / "results" / "presets-smollm2.json").read_text())
+    kl = next(row["logits"]["1024"]["kl_mean"] for row in record["rows"] if row["spec"] == str(parse("terse3")))
+    assert rooms["terse3"].kl["presets-smollm2"] == kl
 
 
 @pytest.mark.parametrize(

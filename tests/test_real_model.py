@@ -28,7 +28,7 @@ def test_all_routes_give_the_same_greedy_tokens(real: LoadedModel) -> None:
     ids = prompt_ids(real.tokenizer, None)[:, :420]
     tokens, logits = [], []
     for route in ("exact", "decoded", "fused"):
-        cache = tersekv.cache(real.model, "terse4")
+        cache = tersekv.cache(real.model, "rotated:bits=4")
         with torch.inference_mode(), tersekv.attached(real.model, route):
             out = real.model.generate(
                 ids,

@@ -11,7 +11,8 @@ from tersekv.codecs.none import NoneCodec
 from tersekv.codecs.rotated import Rotated
 from tersekv.policy.streaming import Streaming
 from tersekv.policy.window import Window
-from tersekv.spec import PRESETS, Spec
+from tersekv.registry import PRESETS
+from tersekv.spec import Spec
 
 ANY_CODEC = st.one_of(
     st.builds(NoneCodec, st.sampled_from(["bf16", "fp16", "fp32"])),
@@ -62,13 +63,13 @@ def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> N
         ("k=rotated:bits=3 v=rotated:bits=3", "rotated:bits=3"),
         ("k=rotated:bits=3,mean=block v=rotated:bits=3,mean=none", "rotated:bits=3"),
         ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
-        ("terse4 recent=128", "rotated:bits=4 recent=128"),
-        ("terse4 v=none sink=4", "k=rotated:bits=4 v=none"),
+        ("terse4 recent=128", "rotated:bits=4 policy=queryaware recent=128"),
+        ("terse4 v=none sink=4", "k=rotated:bits=4 v=none policy=queryaware"),
         ("terse4 policy=streaming keep=512", "rotated:bits=4 policy=streaming keep=512"),
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
         ("terse4 policy=window sink=2", "rotated:bits=4 sink=2"),
-        ("terse4 layers=4/3,4/3,2/2*2,2/2", "rotated:bits=4 layers=4/3*2,2/2*3"),
-        ("terse4 prefill=packed layers=4/3", "rotated:bits=4 layers=4/3 prefill=packed"),
+        ("terse4 layers=4/3,4/3,2/2*2,2/2", "rotated:bits=4 policy=queryaware layers=4/3*2,2/2*3"),
+        ("terse4 prefill=packed layers=4/3", "rotated:bits=4 policy=queryaware layers=4/3 prefill=packed"),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )

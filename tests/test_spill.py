@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import tersekv
 from tersekv import CacheError, CacheFileError, PackedCache
 
-SPECS = ["terse3 recent=32", "rotated:bits=4 policy=hotcold hot=64 promote=yes", "none", "kivi:bits=2"]
+SPECS = ["rotated:bits=3 recent=32", "rotated:bits=4 policy=hotcold hot=64 promote=yes", "none", "kivi:bits=2"]
 
 
 def filled(model: PreTrainedModel, spec: str, b: int = 2, n: int = 300) -> PackedCache:
@@ -51,7 +51,7 @@ def test_a_restored_cache_continues_exactly(spec: str, any_model: PreTrainedMode
 
 def test_room_that_was_asked_for_is_still_asked_for(tmp_path: Path) -> None:
     model = make_model("llama")
-    cache = tersekv.cache(model, "terse3", room=500)
+    cache = tersekv.cache(model, "rotated:bits=3", room=500)
     with tersekv.attached(model), torch.inference_mode():
         forward(model, cache, torch.randint(1, 97, (1, 100)))
     cache.spill(tmp_path, model)
@@ -73,7 +73,7 @@ def test_spilling_gives_memory_back(llama: PreTrainedModel, tmp_path: Path) -> N
 
 
 def test_a_spilled_cache_says_where_it_is(llama: PreTrainedModel, tmp_path: Path) -> None:
-    cache = filled(llama, "terse4")
+    cache = filled(llama, "rotated:bits=4")
     path = cache.spill(tmp_path, llama)
     for use in (
         lambda: forward(llama, cache, torch.ones(2, 1, dtype=torch.long)),
@@ -92,7 +92,7 @@ def test_a_spilled_cache_says_where_it_is(llama: PreTrainedModel, tmp_path: Path
 
 
 def test_a_damaged_or_missing_file_is_refused_and_can_be_put_right(llama: PreTrainedModel, tmp_path: Path) -> None:
-    cache = filled(llama, "terse3")
+    cache = filled(llama, "rotated:bits=3")
     path = cache.spill(tmp_path, llama)
     whole = path.read_bytes()
     damaged = bytearray(whole)
@@ -115,8 +115,8 @@ def test_a_damaged_or_missing_file_is_refused_and_can_be_put_right(llama: PreTra
 
 def test_a_spill_that_fails_leaves_the_cache(llama: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="nothing to save"):
-        tersekv.cache(llama, "terse4").spill(tmp_path, llama)
-    cache = filled(llama, "terse4")
+        tersekv.cache(llama, "rotated:bits=4").spill(tmp_path, llama)
+    cache = filled(llama, "rotated:bits=4")
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheFileError, match=r"cannot be written.*another folder"):
         cache.spill(tmp_path / "file", llama)

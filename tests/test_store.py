@@ -67,7 +67,7 @@ def test_any_chunking_is_one_append(chunks: list[int]) -> None:
 @pytest.mark.parametrize("prefill", ["exact", "packed"])
 def test_padded_batch_is_its_sequences_alone(prefill: str) -> None:
     """Padding is never stored: a padded batch holds the very pages of its sequences run one by one."""
-    lengths, spec = [0, 5, 300, 333], f"terse3 prefill={prefill}"
+    lengths, spec = [0, 5, 300, 333], f"rotated:bits=3 prefill={prefill}"
     b, n = len(lengths), max(lengths)
     q, k, v = torch.randn(b, 2 * H, n, D), torch.randn(b, H, n, D), torch.randn(b, H, n, D)
     together = make(spec, b)
@@ -91,7 +91,9 @@ def test_padded_batch_is_its_sequences_alone(prefill: str) -> None:
             assert torch.allclose(out[i : i + 1, :, pads:], torch.cat(parts, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["terse4", "terse2 sink=0 recent=0", "k=none:dtype=fp32 v=intn:bits=8"])
+@pytest.mark.parametrize(
+    "spec", ["rotated:bits=4", "rotated:bits=2 sink=0 recent=0", "k=none:dtype=fp32 v=intn:bits=8"]
+)
 def test_fused_and_decoded_routes_agree(spec: str) -> None:
     for chunks in ([300], [100, 1, 1, 150, 48]):
         outputs = []
@@ -107,8 +109,8 @@ def test_fused_and_decoded_routes_agree(spec: str) -> None:
 
 def test_packed_prefill_is_decoding_token_by_token() -> None:
     q, k, v = torch.randn(1, H, 400, D), torch.randn(1, H, 400, D), torch.randn(1, H, 400, D)
-    whole = make("terse2 prefill=packed").extend(q, k, v, NONE, 0.125)
-    store = make("terse2")
+    whole = make("rotated:bits=2 prefill=packed").extend(q, k, v, NONE, 0.125)
+    store = make("rotated:bits=2")
     steps = [store.extend(q[:, :, [i]], k[:, :, [i]], v[:, :, [i]], NONE, 0.125) for i in range(400)]
     assert torch.allclose(whole, torch.cat(steps, 2), atol=1e-5)
 
@@ -116,7 +118,7 @@ def test_packed_prefill_is_decoding_token_by_token() -> None:
 @pytest.mark.parametrize("keep", [0, 3, 4, 67, 68, 100, 132, 250, 299, 300])
 def test_crop(keep: int) -> None:
     """Blocks that remain whole keep their bytes; a block that is cut becomes dense with what its codes say."""
-    store, k, _ = filled("terse3", 300)
+    store, k, _ = filled("rotated:bits=3", 300)
     before, decoded = blocks(store), store.decoded()
     store.crop(np.array([keep]))
     assert store.lengths.tolist() == [keep]
@@ -134,7 +136,7 @@ def test_crop(keep: int) -> None:
 
 
 def test_crop_of_ragged_sequences() -> None:
-    store = make("terse3", 2)
+    store = make("rotated:bits=3", 2)
     k = torch.randn(2, H, 300, D)
     store.append(k, k, np.array([0, 200]))
     before = store.decoded()
@@ -146,7 +148,7 @@ def test_crop_of_ragged_sequences() -> None:
 
 
 def test_beams_share_pages_and_dead_ones_are_freed() -> None:
-    store = make("terse4", 2)
+    store = make("rotated:bits=4", 2)
     k = torch.randn(2, H, 300, D)
     store.append(k, k, np.zeros(2, dtype=np.int64))
     pages, one = len(packed(store).pool), store.decoded().k[1]
@@ -160,7 +162,7 @@ def test_beams_share_pages_and_dead_ones_are_freed() -> None:
 
 
 def test_declared_bytes_are_held_bytes() -> None:
-    store, _, _ = filled("terse3", 1000, [300, 700])
+    store, _, _ = filled("rotated:bits=3", 1000, [300, 700])
     for tier in store.tiers.all().values():
         assert sum(tier_bytes(tier).values()) == storage_bytes(*tier.tensors().values()) + tier.lengths.nbytes
     tier, layouts = tier_bytes(packed(store)), packed(store).layouts

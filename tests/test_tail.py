@@ -20,7 +20,7 @@ from tersekv.tail import ROOM, Tail
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
 H, G = 3, 3
 SPECS = [
-    "terse4",
+    "rotated:bits=4",
     "k=rotated:bits=2,seed=7 v=rotated:bits=3 recent=0",
     "k=lloydmax:bits=4 v=rotated:bits=4",
     "k=intn:bits=4,axis=channel v=none",
@@ -77,7 +77,7 @@ def test_a_step_is_its_parts(spec: str, dtype: torch.dtype, isa: str) -> None:
 
 
 def test_a_step_of_ragged_sequences() -> None:
-    store = Store(parse("terse3"), 2, H, 64, torch.float32, torch.device("cpu"))
+    store = Store(parse("rotated:bits=3"), 2, H, 64, torch.float32, torch.device("cpu"))
     _, k, v = drawn(300, b=2)
     store.append(k, v, np.array([0, 213]))
     q, k, v = drawn(1, b=2)
@@ -93,7 +93,7 @@ def test_a_step_of_ragged_sequences() -> None:
 def test_any_steps_store_what_one_append_does(chunks: list[int]) -> None:
     torch.manual_seed(sum(chunks))
     q, k, v = drawn(64 + sum(chunks))
-    once = Store(parse("terse3 sink=3 recent=20"), 1, H, 64, torch.float32, torch.device("cpu"))
+    once = Store(parse("rotated:bits=3 sink=3 recent=20"), 1, H, 64, torch.float32, torch.device("cpu"))
     often, start = once.at(once.state), 0
     once.append(k, v, None)
     for n in (64, *chunks):
@@ -115,7 +115,7 @@ def assert_same(one: Store, other: Store) -> None:
 
 @pytest.mark.parametrize("keep", [128, 150, 200])
 def test_waiting_tokens_evict_nothing_late(keep: int) -> None:
-    spec = f"terse4 policy=streaming keep={keep}"
+    spec = f"rotated:bits=4 policy=streaming keep={keep}"
     stepped = filled(spec, 300)
     appended = stepped.at((stepped.tiers, None, 0))
     for _ in range(150):
@@ -129,7 +129,7 @@ def test_waiting_tokens_evict_nothing_late(keep: int) -> None:
 
 def test_every_state_keeps_its_tokens() -> None:
     """Rollback, forks and forks of forks that write on at the same place, all of them over one tail."""
-    store = filled("terse3", 100)
+    store = filled("rotated:bits=3", 100)
     tokens = [drawn(1) for _ in range(12)]
     for token in tokens[:4]:
         store.step(*token, 0.125)
@@ -151,7 +151,7 @@ def test_every_state_keeps_its_tokens() -> None:
 
 
 def test_one_of_many_threads_may_write_on() -> None:
-    tail = Tail(filled("terse4", 100).tiers, ROOM)
+    tail = Tail(filled("rotated:bits=4", 100).tiers, ROOM)
     with ThreadPoolExecutor(8) as pool:
         claims = list(pool.map(lambda _: tail.claim(0, 1), range(64)))
     assert sum(claims) == 1
@@ -162,7 +162,7 @@ def test_one_of_many_threads_may_write_on() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nothing_is_stored_of_tokens_that_are_not_finite(value: float, side: int) -> None:
     for dtype in native.DTYPES:
-        store = filled("terse4", 100, dtype=dtype)
+        store = filled("rotated:bits=4", 100, dtype=dtype)
         before = store.at(store.state)
         token = drawn(2, dtype=dtype)
         token[side][0, 2, 1, 63] = value
@@ -173,7 +173,7 @@ def test_nothing_is_stored_of_tokens_that_are_not_finite(value: float, side: int
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_finite_spoils_its_own_output(value: float) -> None:
     for dtype in native.DTYPES:
-        store, (q, k, v) = filled("terse4", 100, dtype=dtype), drawn(1, dtype=dtype)
+        store, (q, k, v) = filled("rotated:bits=4", 100, dtype=dtype), drawn(1, dtype=dtype)
         q[0, 2, 0, 5] = value
         out = store.step(q, k, v, 0.125)
         assert out is not None
@@ -183,19 +183,19 @@ def test_a_query_that_is_not_finite_spoils_its_own_output(value: float) -> None:
 def test_what_a_step_leaves_to_others() -> None:
     """No tokens yet, too many of them, a block that becomes due among them, a codec with a fold of its own."""
     token = drawn(1)
-    assert Store(parse("terse4"), 1, H, 64, torch.float32, torch.device("cpu")).step(*token, 0.125) is None
-    assert filled("terse4", 100).step(*drawn(17), 0.125) is None
-    assert filled("terse4", 4 + 127).step(*drawn(2), 0.125) is None
-    begun = filled("terse4", 100)
+    assert Store(parse("rotated:bits=4"), 1, H, 64, torch.float32, torch.device("cpu")).step(*token, 0.125) is None
+    assert filled("rotated:bits=4", 100).step(*drawn(17), 0.125) is None
+    assert filled("rotated:bits=4", 4 + 127).step(*drawn(2), 0.125) is None
+    begun = filled("rotated:bits=4", 100)
     assert begun.step(*token, 0.125) is not None and begun.step(*token, 0.125, "decoded") is None
     assert filled("intn:bits=5", 100).step(*token, 0.125) is None
-    assert filled("terse4", 100).step(token[0], token[1].bfloat16(), token[2], 0.125) is None
+    assert filled("rotated:bits=4", 100).step(token[0], token[1].bfloat16(), token[2], 0.125) is None
 
 
 def test_a_codec_that_folds_in_its_own_way_is_folded_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from tersekv.codecs.rotated import Rotated
 
-    right = filled("terse4", 300)
+    right = filled("rotated:bits=4", 300)
     other = right.at(right.state)
     token = drawn(1)
     expected = right.extend(*token, None, 0.125, "exact")
@@ -208,7 +208,7 @@ def test_a_codec_that_folds_in_its_own_way_is_folded_by_it(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("first", [torch.inference_mode, nullcontext])
 def test_inference_mode_may_begin_or_end_between_steps(first: type) -> None:
-    store = filled("terse4", 100)
+    store = filled("rotated:bits=4", 100)
     with first():
         assert store.step(*drawn(1), 0.125) is not None
     with nullcontext() if first is torch.inference_mode else torch.inference_mode():
@@ -219,7 +219,7 @@ def test_inference_mode_may_begin_or_end_between_steps(first: type) -> None:
 
 
 def test_wrong_steps_are_refused() -> None:
-    tail = Tail(filled("terse4", 100).tiers, 4)
+    tail = Tail(filled("rotated:bits=4", 100).tiers, 4)
     q, k, v = drawn(1)
     with pytest.raises(InputError, match="Tokens 4 to 5 of a tail with room for 4"):
         native.step(q, k, v, tail.parts, tail.native, 4, 0.125, False)
@@ -230,6 +230,6 @@ def test_wrong_steps_are_refused() -> None:
     with pytest.raises(InputError, match="Queries of head_dim 128, keys of 64"):
         native.step(torch.cat((q, q), 3), k, v, tail.parts, tail.native, 0, 0.125, False)
     with pytest.raises(InputError, match="32 signs at head_dim 64"):
-        native.pages_part(filled("terse4", 200).tiers.packed["packed"].pages, torch.ones(32))
+        native.pages_part(filled("rotated:bits=4", 200).tiers.packed["packed"].pages, torch.ones(32))
     with pytest.raises(InputError, match=r'Instruction set "sse9" does not run here'):
         native.step(q, k, v, tail.parts, tail.native, 0, 0.125, False, "sse9")

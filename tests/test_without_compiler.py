@@ -22,7 +22,7 @@ from tersekv.spec import parse
 from tersekv.store import Store
 
 assert tersekv.__file__.startswith({target!r}), tersekv.__file__
-store = Store(parse("terse3"), 1, 1, 64, torch.float32, torch.device("cpu"))
+store = Store(parse("rotated:bits=3"), 1, 1, 64, torch.float32, torch.device("cpu"))
 for n in (200, 1):
     q, k, v = torch.randn(3, 1, 1, n, 64)
     out = store.extend(q, k, v, np.zeros(1, dtype=np.int64), 0.125)

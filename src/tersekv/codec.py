@@ -48,6 +48,20 @@ class Codec(ABC):
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         """Each block on its own, so that any chunking of the input gives the same bytes."""
 
+    def encode_for(self, x: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"] | None) -> Packed:
+        """The same planes for keys that are read by the queries of which `asked` is made, if a codec can do that."""
+        if asked is not None:
+            raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
+        return self.encode(x)
+
+    def asked(self, moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:
+        """What `encode_for` needs to know of queries, in fp16, from sums of q' q of folded ones."""
+        raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
+
+    @property
+    def encodes_for_queries(self) -> bool:
+        return type(self).encode_for is not Codec.encode_for
+
     def encoder(self, d: int) -> Encoder | None:
         """What `encode` does, as data for native code that gives the same bytes; None: only `encode` does it."""
         return None

@@ -12,7 +12,8 @@ from tersekv.errors import SpecError
 from tersekv.layout import Layout
 from tersekv.ops import implementation, refusals
 from tersekv.ops.recipe import Recipe
-from tersekv.spec import POLICIES, PRESETS, Spec, codec_class, codecs, option_text, parse, parse_codec, policy_class
+from tersekv.registry import POLICIES, PRESETS
+from tersekv.spec import Spec, codec_class, codecs, option_text, parse, parse_codec, policy_class
 from tersekv.terminal import bytes_text
 
 PICTURE_WIDTH = 64

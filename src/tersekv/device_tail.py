@@ -20,6 +20,7 @@ from tersekv.errors import CacheError, InputError
 from tersekv.ops import new_pool
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Policy
+from tersekv.policy.queryaware import QueryAware
 from tersekv.policy.window import Window
 from tersekv.ragged import take
 from tersekv.tiers import Tiers
@@ -61,7 +62,9 @@ class DeviceTail:
     def behind(tiers: Tiers, policy: Policy, room: int | None, q: Tensor) -> "DeviceTail | None":
         """A tail for queries such as `q`, or None where the kernels cannot do their steps. `room`: tokens in all."""
         packed = tiers.packed.get("packed")
-        if type(policy) is not Window or packed is None or not ops.steps_on_device(q, packed.pages):
+        if not isinstance(policy, Window) or type(policy) not in (Window, QueryAware) or packed is None:
+            return None
+        if not ops.steps_on_device(q, packed.pages):
             return None
         folds = packed.k.folds_by_rotation and packed.v.folds_by_rotation
         if not folds or packed.block != ops.BLOCK or (tiers.seen < policy.sink).any() or q.dtype != packed.dtype:
@@ -89,7 +92,7 @@ class DeviceTail:
             for to, x in ((k, recent.k), (v, recent.v)):
                 to[row] = to[row].index_copy(2, index, x[row])
         grown = replace(packed, pool=pool, table=table, starts=starts, whole=True)
-        return Tiers({"sink": sink.owned(), "recent": whole}, {"packed": grown}, tiers.evicted)
+        return replace(tiers, dense={"sink": sink.owned(), "recent": whole}, packed={"packed": grown})
 
     def _tables(self, packed: PackedTier, old: np.ndarray) -> tuple[Tensor, Tensor]:
         """Page numbers and first positions of all blocks, those to come included."""
@@ -160,18 +163,21 @@ class DeviceTail:
         page = len(tier.pool) - self.more * rows + page * rows + np.arange(rows)
         slot = block % (self.dense.ring_k.shape[2] // self.block)
         alike = flat.all() and (slot == slot[0]).all() and (np.diff(page) == 1).all()
-        for codec, ring, layout, at in (
-            (tier.k, self.dense.ring_k, tier.layouts[0], slice(None, split)),
-            (tier.v, self.dense.ring_v, tier.layouts[1], slice(split, None)),
+        asked = None if tier.asked is None else tier.asked.flatten(0, 1)
+        for codec, ring, layout, at, known in (
+            (tier.k, self.dense.ring_k, tier.layouts[0], slice(None, split), asked),
+            (tier.v, self.dense.ring_v, tier.layouts[1], slice(split, None), None),
         ):
             blocks = ring.view(rows, -1, self.block, d)
             if alike:  # as it is while all sequences have the same length: no copies of indices to the device
-                ops.encode(codec, blocks[:, int(slot[0])], layout, tier.pool[int(page[0]) : int(page[0]) + rows, at])
+                out = tier.pool[int(page[0]) : int(page[0]) + rows, at]
+                ops.encode(codec, blocks[:, int(slot[0])], layout, out, known)
                 continue
             some, slots, pages = (
                 torch.from_numpy(x).to(ring.device) for x in (flat.nonzero()[0], slot[flat], page[flat])
             )
-            tier.pool[pages, at] = ops.encode(codec, blocks[some, slots], layout).data
+            known = None if known is None else known[some]
+            tier.pool[pages, at] = ops.encode(codec, blocks[some, slots], layout, asked=known).data
 
     def settled(self, policy: Policy, count: int) -> Tiers:
         """Tiers of their own, of the first `count` tokens. Raises CacheError if these are not all held any more."""

@@ -46,6 +46,9 @@ class PackedTier:
     starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
     lengths: Lengths
     whole: bool = True  # every page has a row that refers to it
+    asked: Tensor | None = (
+        None  # (b, h, d, d): second moments of folded queries, for which keys are encoded from now on
+    )
 
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
@@ -65,10 +68,14 @@ class PackedTier:
         return self.layouts[0].block
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"pool": self.pool, "table": self.table, "starts": self.starts}
+        asked = {} if self.asked is None else {"asked": self.asked}
+        return {"pool": self.pool, "table": self.table, "starts": self.starts} | asked
 
-    def append(self, tokens: DenseTier) -> "PackedTier":
-        """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block."""
+    def append(self, tokens: DenseTier, asked: Tensor | None = None) -> "PackedTier":
+        """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block.
+
+        `asked` (b, h, blocks, d, d): for each block, instead of the tier's.
+        """
         tier, count = self.compacted(), tokens.lengths // self.block
         first, blocks = len(tier.pool), tokens.k.shape[2] // self.block
         filled = torch.from_numpy(np.arange(blocks) < count[..., None]).to(self.pool.device)
@@ -78,26 +85,31 @@ class PackedTier:
         old = tier.lengths // self.block
         grown = replace(
             tier,
-            pool=tier._with_pages(tokens, filled, int(count.sum())),
+            pool=tier._with_pages(tokens, filled, int(count.sum()), asked),
             table=join(tier.table, old, ids, count),
             starts=join(tier.starts, old, starts, count),
             lengths=tier.lengths + tokens.lengths,
         )
         return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
 
-    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int) -> Tensor:
+    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int, asked: Tensor | None) -> Tensor:
         """The pool and `count` more pages, which are encoded where they stay."""
         old, split = len(self.pool), self.layouts[0].nbytes
         pool = new_pool(old + count, self.pool.shape[1], self.pool.device)
         pool[:old] = self.pool
         pages = pool[old:, :split], pool[old:, split:]
-        for codec, x, layout, out in zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, strict=True):
+        if asked is None and self.asked is not None:
+            asked = self.asked[:, :, None]
+        sides = zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, (asked, None), strict=True)
+        for codec, x, layout, out, known in sides:
             blocks = x.unflatten(2, (-1, self.block))
             if codec.fitted is not None and count != filled.numel():  # which needs every head to know which is which
                 out.copy_(encode(codec, blocks, layout).data[filled])
                 continue
-            blocks = blocks if count == filled.numel() else blocks[filled]
-            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]))
+            if count != filled.numel():
+                blocks = blocks[filled]
+                known = None if known is None else known.expand(*filled.shape, -1, -1)[filled]
+            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]), known)
         return pool
 
     def compacted(self) -> "PackedTier":
@@ -118,7 +130,9 @@ class PackedTier:
     def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
         """Sequences may repeat: their pages are shared, not copied."""
         table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
-        return replace(self, table=table, starts=starts, lengths=self.lengths[rows.cpu().numpy()], whole=False)
+        asked = None if self.asked is None else self.asked.index_select(0, rows)
+        lengths = self.lengths[rows.cpu().numpy()]
+        return replace(self, table=table, starts=starts, lengths=lengths, whole=False, asked=asked)
 
     def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
         """How many tokens of each row lie in blocks that end at or before position `length`."""

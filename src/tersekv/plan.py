@@ -12,7 +12,8 @@ from rich.table import Column, Table
 
 from tersekv.errors import InputError
 from tersekv.record import ROOT, headline
-from tersekv.spec import PRESETS, Spec, parse
+from tersekv.registry import PRESETS
+from tersekv.spec import Spec, parse
 from tersekv.terminal import UNITS, bytes_text
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)

@@ -20,40 +20,7 @@ from tersekv.codec import Codec
 from tersekv.errors import SpecError, did_you_mean
 from tersekv.policy.base import Policy
 from tersekv.policy.window import Window
-
-# One line a method. Other packages add theirs through the entry-point group "tersekv.codecs".
-CODECS = {
-    "none": "tersekv.codecs.none:NoneCodec",
-    "direction": "tersekv.codecs.direction:Direction",
-    "intn": "tersekv.codecs.intn:IntN",
-    "kivi": "tersekv.codecs.kivi:Kivi",
-    "kvquant": "tersekv.codecs.kvquant:KVQuant",
-    "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
-    "outliers": "tersekv.codecs.outliers:Outliers",
-    "polar": "tersekv.codecs.polar:Polar",
-    "qjl": "tersekv.codecs.qjl:QJL",
-    "rotated": "tersekv.codecs.rotated:Rotated",
-    "trellis": "tersekv.codecs.trellis:TrellisCodec",
-    "turboquant": "tersekv.codecs.turboquant:TurboQuant",
-    "twoaxis": "tersekv.codecs.twoaxis:TwoAxis",
-    "vq": "tersekv.codecs.vq:VQ",
-}
-
-POLICIES = {
-    "window": "tersekv.policy.window:Window",
-    "streaming": "tersekv.policy.streaming:Streaming",
-    "snapkv": "tersekv.policy.snapkv:SnapKV",
-    "hotcold": "tersekv.policy.hotcold:HotCold",
-    "adaptive": "tersekv.policy.adaptive:Adaptive",
-    "anchors": "tersekv.policy.anchors:Anchors",
-}
-
-PRESETS = {
-    "terse8": "rotated:bits=8",
-    "terse4": "rotated:bits=4",
-    "terse3": "rotated:bits=3",
-    "terse2": "rotated:bits=2",
-}
+from tersekv.registry import CODECS, POLICIES, PRESETS
 
 PREFILL = ("exact", "packed")
 
@@ -132,7 +99,7 @@ def policy_name(policy: Policy) -> str:
 
 
 def policy_class(words: list[str]) -> type[Policy]:
-    """Of the word `policy=NAME`, or the window."""
+    """Of the first word `policy=NAME`, or the window."""
     named = [word.removeprefix("policy=") for word in words if word.startswith("policy=")]
     name = named[0] if named else "window"
     if name not in POLICIES:
@@ -148,9 +115,9 @@ def parse(text: str) -> Spec:
         raise SpecError('The spec is empty. Give a preset such as "terse4" or a codec such as "rotated:bits=3".')
     # A preset is a start that later words may change; otherwise each thing is said once.
     settings: dict[str, Any] = {}
-    cls = policy_class(words)
-    for start in PRESETS.get(words[0], "").split():
-        _set(settings, start, cls)
+    cls = policy_class(words + (start := PRESETS.get(words[0], "").split()))
+    for word in start:
+        _set(settings, word, cls)
     preset, said = dict(settings), set[str]()
     for word in words[1:] if preset else words:
         for key in _set(settings, word, cls):

@@ -99,7 +99,7 @@ class Store:
         held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
         On a GPU the device is not waited for: see `DeviceTail.claim` for tokens that are not finite.
         """
-        if route == "decoded" or self.spec.policy.asks:
+        if route == "decoded" or self.spec.policy.asking(self.state[0]):
             return None
         if q.device.type == "cuda":
             return self._step_on_device(q, k, v, scale) if route == "fused" else None
@@ -131,7 +131,7 @@ class Store:
 
         Not for who exchanges or crops sequences at every step: there they would be moved each time.
         """
-        if q.device.type != "cuda" or self.spec.policy.asks or self.ready(q.shape[2]):
+        if q.device.type != "cuda" or self.spec.policy.asking(self.state[0]) or self.ready(q.shape[2]):
             return False
         if not self.steady or not self.lengths.any():
             return False

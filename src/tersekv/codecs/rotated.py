@@ -23,6 +23,7 @@ from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
 from tersekv.ops.encoders import Encoder, TableEncoder
+from tersekv.ops.feedback import Coder, Nearest, prepared, steered
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, stored, to_bytes
 from tersekv.ops.recipe import Grid, Recipe
@@ -72,6 +73,9 @@ class Rotated(Codec):
         )
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
+        return self.encode_for(x, None)
+
+    def encode_for(self, x: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"] | None) -> Packed:
         d = x.shape[-1]
         y, planes = rotate(x, self.seed), {}
         if self.mean == "block":
@@ -79,10 +83,24 @@ class Rotated(Codec):
             planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
             y = y - (steps * step)[..., None, :]
         energy = channel_sum(y * y)
-        codes, centroids = self.quantised(y * unit_scale(root(energy), d)[..., None])
+        norm = root(energy)
+        z = y * unit_scale(norm, d)[..., None]
+        if asked is None:
+            codes, centroids = self.quantised(z)
+            scale = self._token_scale(y, centroids, energy)
+        else:
+            codes, factor = steered(z, asked, self.coder(d, z.device))
+            scale = norm * d**-0.5 * (factor if self.scale == "unbiased" else 1)
         planes["codes"] = pack_codes(codes.flatten(-2), self.bits)
-        planes["scale"] = to_bytes(self._token_scale(y, centroids, energy), self.scale_kind)
+        planes["scale"] = to_bytes(scale, self.scale_kind)
         return Packed.assemble(self.layout(d), planes)
+
+    def asked(self, moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:
+        return prepared(moments, self.coder(moments.shape[-1], moments.device).step)
+
+    def coder(self, d: int, device: torch.device) -> Coder:
+        thresholds = lloyd_max(self.bits, d)[1]
+        return Nearest(thresholds, torch.from_numpy(table(self.bits, d)).to(device))
 
     def quantised(self, z: Float[Tensor, "*lead d"]) -> tuple[UInt8[Tensor, "*lead d"], Float[Tensor, "*lead d"]]:
         """Codes of tokens of variance 1, and what they stand for."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from tersekv.codec import check_bits
 from tersekv.codecs.rotated import Rotated
 from tersekv.ops.encoders import TrellisEncoder
-from tersekv.ops.trellis import Trellis, viterbi, walk
+from tersekv.ops.trellis import Onward, Trellis, viterbi, walk
 from tersekv.rotation import signs
 
 # What the states 0..127 stand for, in odd multiples of HALF: made by tests/make_trellis.py, part of the format.
@@ -67,6 +67,9 @@ class TrellisCodec(Rotated):
     def encoder(self, d: int) -> TrellisEncoder:
         unbiased, factor = self.scale == "unbiased", np.float32(d**-0.5).item()
         return TrellisEncoder(self.recipe(d), unbiased, factor, tuple(signs(d, self.seed).tolist()))
+
+    def coder(self, d: int, device: torch.device) -> Onward:
+        return Onward(self.recipe(d))
 
     def quantised(self, z: Float[Tensor, "*lead d"]) -> tuple[UInt8[Tensor, "*lead d"], Float[Tensor, "*lead d"]]:
         recipe = self.recipe(z.shape[-1])

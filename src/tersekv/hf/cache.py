@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from tersekv import files
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
 from tersekv.hf.checks import check_fitted
-from tersekv.hf.layer import Handle, PackedLayer
+from tersekv.hf.layer import Handle, PackedLayer, restore_layer, state_of
 from tersekv.hf.rating import controller_of, signals
 from tersekv.hf.report import cache_report
 from tersekv.policy.adaptive import Adaptive
 from tersekv.policy.controller import Controller
+from tersekv.registry import PRESETS
 from tersekv.report import CacheReport
 from tersekv.spec import Spec, parse
 
@@ -67,7 +69,7 @@ class PackedCache(Cache):
         self._refuse_spilled()
         if layer_idx == next(iter(self._before), layer_idx):  # the layer with which the pass under way began
             self._begin(key_states.shape[2])
-        self._before[layer_idx] = _snapshot(self.layers[layer_idx])
+        self._before[layer_idx] = state_of(self.layers[layer_idx])
         try:
             k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except TersekvError:
@@ -99,7 +101,7 @@ class PackedCache(Cache):
 
     def moved(self, layer_idx: int) -> None:
         """A layer's tokens lie elsewhere now: a rollback returns there, so that their old memory is free at once."""
-        self._before[layer_idx] = _snapshot(self.layers[layer_idx])
+        self._before[layer_idx] = state_of(self.layers[layer_idx])
 
     @cached_property
     def _last(self) -> int:
@@ -142,18 +144,18 @@ class PackedCache(Cache):
     def rollback(self) -> None:
         """Undo a forward pass that stopped half-way: every layer returns to its state before it, exactly."""
         for index, state in self._before.items():
-            _restore(self.layers[index], state)
+            restore_layer(self.layers[index], state)
         self._before = {}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` slots of every sequence, in every layer or, on an error, in none."""
         self._refuse_spilled()
-        before = [_snapshot(layer) for layer in self.layers]
+        before = [state_of(layer) for layer in self.layers]
         try:
             super().crop(tokens_to_remove)
         except Exception:
             for layer, state in zip(self.layers, before, strict=True):
-                _restore(layer, state)
+                restore_layer(layer, state)
             raise
 
     def reset(self) -> None:
@@ -193,7 +195,7 @@ class PackedCache(Cache):
 
     def _become(self, other: "PackedCache") -> None:
         for mine, its in zip(self.layers, other.layers, strict=True):
-            _restore(mine, _snapshot(its))
+            restore_layer(mine, state_of(its))
             if isinstance(mine, PackedLayer) and mine.store is not None:
                 mine.store.room = mine.room  # which a file does not know
 
@@ -208,7 +210,7 @@ class PackedCache(Cache):
         for mine, its in zip(self.layers, fork.layers, strict=True):
             if isinstance(mine, PackedLayer) and mine.store is not None:
                 mine.store.kept()
-            _restore(its, _snapshot(mine))
+            restore_layer(its, state_of(mine))
             if isinstance(its, PackedLayer) and its.store is not None:
                 its.store.spec = its.spec
         return fork
@@ -218,24 +220,13 @@ class PackedCache(Cache):
         return cache_report(str(self.spec), self.layers)
 
 
-def _snapshot(layer: Any) -> Any:
-    """References suffice: neither we nor transformers' dynamic layers write into a tensor they hold."""
-    return layer.snapshot() if isinstance(layer, PackedLayer) else dict(vars(layer))
+def cache(
+    model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None, selftest: bool = True
+) -> PackedCache:
+    """An empty packed cache for `model`. A preset is tried on it once a process and warns if it fails: `hf.selftest`.
 
-
-def _restore(layer: Any, state: Any) -> None:
-    if isinstance(layer, PackedLayer):
-        layer.restore(state)
-    else:
-        vars(layer).clear()
-        vars(layer).update(state)
-
-
-def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None) -> PackedCache:
-    """An empty packed cache for `model`.
-
-    `room`: tokens that a sequence may come to have. On a GPU memory for them is taken at the first decoding step, so
-    that it is not copied again, and a captured step serves all of them. More are taken all the same.
+    `room`: tokens that a sequence may come to have. A GPU takes memory for them at the first decoding step, so that it
+    is not copied again, and a captured step serves all of them. More are taken all the same.
     Raises SpecError for a bad spec, InputError for a room that is none, ModelError for a model without KV cache.
     """
     if room is not None and room < 1:
@@ -247,4 +238,6 @@ def cache(model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None 
             "Use a causal language model such as LlamaForCausalLM."
         )
     check_fitted(model, chosen)
+    if selftest and spec in PRESETS:
+        import_module("tersekv.hf.selftest").warn_if_failed(model, spec, chosen)  # which makes caches itself
     return PackedCache(model.config, chosen, controller_of(model, chosen), room)

@@ -79,7 +79,7 @@ def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
         "packed_layers": len(packed),
         "other_layers": len(layers) - len(packed),
         "dense": len(packed) * tokens * token,
-        "packed": bytes_packed + len(packed) * (held - blocks * block) * token,
+        "packed": bytes_packed + len(packed) * ((held - blocks * block) * token + heads * spec.policy.beside(d)),
         "window": window * token,
         "tables": len(packed) * blocks * heads * TABLES,
     }

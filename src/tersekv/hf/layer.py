@@ -192,3 +192,16 @@ class PackedLayer(CacheLayerMixin):
         raise InputError("Offloading a packed layer is not supported. Use a DynamicCache(offloading=True) instead.")
 
     prefetch = offload
+
+
+def state_of(layer: Any) -> Any:
+    """Of any layer; references suffice: neither we nor transformers' dynamic layers write into a tensor they hold."""
+    return layer.snapshot() if isinstance(layer, PackedLayer) else dict(vars(layer))
+
+
+def restore_layer(layer: Any, state: Any) -> None:
+    if isinstance(layer, PackedLayer):
+        layer.restore(state)
+    else:
+        vars(layer).clear()
+        vars(layer).update(state)

@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 
 
 def encode(
-    codec: Codec, x: Float[Tensor, "*lead block d"], layout: Layout, out: UInt8[Tensor, "*lead n"] | None = None
+    codec: Codec,
+    x: Float[Tensor, "*lead block d"],
+    layout: Layout,
+    out: UInt8[Tensor, "*lead n"] | None = None,
+    asked: Float[Tensor, "*#lead d d"] | None = None,
 ) -> Packed:
-    """The bytes of `codec.encode(x)` in the order of `layout`, written to `out` if it is given. `x` may be strided."""
-    encoder, recipe = codec.encoder(layout.d), codec.recipe(layout.d)
+    """The bytes of `codec.encode(x)` in the order of `layout`, written to `out` if it is given. `x` may be strided.
+
+    With `asked` those of `codec.encode_for(x, asked)`.
+    """
+    encoder, recipe = None if asked is not None else codec.encoder(layout.d), codec.recipe(layout.d)
     kernels = next((k for k in (native, cuda) if encoder is not None and k.writes(encoder, layout, recipe, x)), None)
     if encoder is None or kernels is None:
-        packed = repack(codec.encode(x), layout.order)
+        packed = repack(codec.encode_for(x, asked), layout.order)
         return packed if out is None else Packed(layout, out.copy_(packed.data))
     if out is None:
         out = torch.empty(*x.shape[:-2], layout.nbytes, dtype=torch.uint8, device=x.device)

@@ -55,18 +55,52 @@ def walk(codes: UInt8[Tensor, "*lead d"], bits: int) -> Int[Tensor, "*lead d"]:
     return states % STATES
 
 
+@dataclass(frozen=True)
+class Onward:
+    """Codes of a token some channels at a time, for `feedback.steered`: the best walk from the state that was reached.
+
+    Eight channels and eight more to look at: a state has been forgotten after eight bits, which is at most as many.
+    """
+
+    recipe: Trellis
+    step = 8
+    ahead = 8
+
+    def coded(self, w: Float[Tensor, "channels *lead"], state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        bits, rows = self.recipe.bits, _whole(w.flatten(1), self.recipe)
+        before = torch.zeros(rows.shape[1], dtype=torch.int64, device=w.device) if state is None else state
+        parts = zip(rows.split(ROWS, 1), before.split(ROWS), strict=True)
+        codes = torch.cat([_viterbi(some, self.recipe, start) for some, start in parts], 1)[: self.step]
+        states = walk(torch.cat((_last_codes(before, bits), codes)).mT, bits).mT[-len(codes) :]
+        shape = (len(codes), *w.shape[1:])
+        table = torch.tensor(self.recipe.table, device=w.device)
+        return codes.view(shape), table[states].view(shape), states[-1].long()
+
+
+def _last_codes(state: Int[Tensor, "rows"], bits: int) -> UInt8[Tensor, "n rows"]:
+    """Codes that lead to a state from 0, oldest first."""
+    count = -(-STATE_BITS // bits)
+    shifts = torch.arange(count - 1, -1, -1, device=state.device)[:, None] * bits
+    return ((state >> shifts) % 2**bits).to(torch.uint8)
+
+
+def _whole(z: Tensor, recipe: Trellis) -> Tensor:
+    """`w` of z = w * half / 2, rounded."""
+    return (z * np.float32(2 / recipe.half).item()).round().int()
+
+
 def viterbi(z: Float[Tensor, "*lead d"], recipe: Trellis) -> UInt8[Tensor, "*lead d"]:
     """Codes of the walk whose values are nearest to `z`. Of equal walks, the one with the lower older bits.
 
     With z = w * half / 2 and w rounded to an integer, (table - z)^2 is u^2 - u w in units of half^2, without z^2, which
     all walks have in common. |z| up to sqrt(d) keeps the sums in 31 bits.
     """
-    rows = (z.reshape(-1, z.shape[-1]) * np.float32(2 / recipe.half).item()).round().int()
+    rows = _whole(z.reshape(-1, z.shape[-1]), recipe)
     codes = [_viterbi(some.mT, recipe).mT for some in rows.split(ROWS)]
     return torch.cat(codes).view(z.shape) if codes else torch.empty_like(z, dtype=torch.uint8)
 
 
-def _viterbi(w: Tensor, recipe: Trellis) -> Tensor:
+def _viterbi(w: Tensor, recipe: Trellis, start: Tensor | int = 0) -> Tensor:
     """`w` (d, rows). A state's predecessors differ in the bits that fall out, the state's fork: costs' leading index.
 
     A cost is a multiple of `forks`, plus the fork of its state: the least of costs names its fork, the lower of equals.
@@ -77,7 +111,7 @@ def _viterbi(w: Tensor, recipe: Trellis) -> Tensor:
     fork = torch.arange(STATES, dtype=torch.int32, device=w.device)[:, None] // heads
     here = forks * odd * odd + fork
     cost = torch.full((STATES, rows), UNREACHED, dtype=torch.int32, device=w.device)
-    cost[0] = 0
+    cost[start, torch.arange(rows, device=w.device)] = fork[start, 0]
     fallen = torch.empty(d, heads, rows, dtype=torch.uint8, device=w.device)
     for i in range(d):
         best = cost.view(forks, heads, rows).amin(0)

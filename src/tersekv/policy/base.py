@@ -33,6 +33,10 @@ class Policy(ABC):
         The newest n of a row's tokens belong to the last n queries, whatever its padding.
         """
 
+    def asking(self, tiers: Tiers) -> bool:
+        """As `asks`, for the tokens that come next to these tiers."""
+        return self.asks
+
     @abstractmethod
     def room(self, tiers: Tiers) -> int:
         """How many tokens every sequence can take before a block of one of them is packed or evicted; at least 1."""
@@ -44,6 +48,10 @@ class Policy(ABC):
     @abstractmethod
     def blocks(self, held: int, block: int) -> int:
         """How many whole blocks of `held` tokens are packed."""
+
+    def beside(self, d: int) -> int:
+        """Bytes of each KV head that are held beside tokens, whatever the context."""
+        return 0
 
     def held(self, tokens: int) -> int:
         """How many of `tokens` are held; all of them, unless the policy evicts."""
