@@ -135,7 +135,7 @@ def test_anchors_help_any_codec_more_than_as_many_random_tokens(codec: str) -> N
     q += 3 * wanted
     words = [f"{codec} policy=anchors permille=20{more}" for more in ("", " shuffle=1")]
     exact, mine, drawn = outputs(["none:dtype=fp32", *words], q, k, v)
-    assert (mine - exact).norm() < 0.5 * (drawn - exact).norm()
+    assert (mine - exact).norm() < 0.6 * (drawn - exact).norm()
 
 
 def test_the_control_holds_as_many_and_others() -> None:
