@@ -43,6 +43,13 @@ bool has_amx() {
   return false;
 #endif
 }
+
+// The family of an AMD processor: leaf 1, eax, a base of 15 and what is added to it. 25 is Zen 3 and Zen 4, 26 Zen 5.
+int family() {
+  unsigned a = 1, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return int((a >> 8 & 15) + (a >> 20 & 255));
+}
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_dotprod() { return getauxval(AT_HWCAP) & (1ul << 20); }
 #elif defined(__aarch64__)
@@ -77,9 +84,9 @@ const std::vector<Choice>& choices() {
 }
 
 bool asks_for_first_level() {
-#if defined(__x86_64__)
-  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-  return !intel;
+#if defined(__x86_64__) && !defined(TERSEKV_PORTABLE)
+  static const bool zen5 = (__builtin_cpu_init(), __builtin_cpu_is("amd")) && family() >= 26;
+  return zen5;
 #else
   return true;
 #endif

@@ -22,13 +22,9 @@ void score_matrix(const Matrix& matrix, const uint8_t* levels, int d, const int8
 // p.sums (rows, d) = the strips' weights of block i times its values' levels.
 template <class Matrix>
 void mix_matrix(const Matrix& matrix, const uint8_t* levels, int d, int rows, int i, const Strip* strips, Products& p) {
-  const int8_t* weights = strips[0].int8[i];
-  if (rows > STRIP) {
-    for (int r = 0; r < rows; r += STRIP) std::memcpy(p.weights + BLOCK * r, strips[r / STRIP].int8[i], STRIP * BLOCK);
-    weights = p.weights;
-  }
+  for (int r = 0; r < rows; r += STRIP) std::memcpy(p.weights + BLOCK * r, strips[r / STRIP].int8[i], STRIP * BLOCK);
   for (int tile = 0; tile < d / 16; tile++)
-    matrix.product(BLOCK, weights, BLOCK, levels + 16 * VECTOR * tile, VECTOR, p.sums + 16 * tile, 4 * d);
+    matrix.product(BLOCK, p.weights, BLOCK, levels + 16 * VECTOR * tile, VECTOR, p.sums + 16 * tile, 4 * d);
 }
 
 // out[r][c] = out[r][c] * fade[r] + gain[r] * sums[r][c]

@@ -29,7 +29,8 @@ struct Side {
   bool trellis = false;          // the table is looked up by the last 8 bits of a token's codes, not by one of them
   float table[256] = {};         // what a code stands for
   float step = 0, low = 0;       // table[i] is near low + step * levels[i]
-  // Of a trellis the first 128 entries, exactly; the others are 127 less those. Otherwise the table on 0..127, by indices of 6 bits in which a code may lie at several places: see `code_at`.
+  // Of a trellis the first 128 entries, exactly; the others are 127 less those. Otherwise the table on 0..127, by indices
+  // of 6 bits in which a code may lie at several places: see `code_at`.
   uint8_t levels[4][64] = {};
 };
 

@@ -102,7 +102,7 @@ class Run {
   }
 
   // One step of the running softmax. Keys with channel scales change the query from block to block, and levels of many
-  // blocks would not stay in the first-level cache, so such tiles are of one block. (Products of matrices are faster with more.)
+  // blocks would not stay in the first-level cache, so such tiles are of one block; products of matrices want more.
   void attend_tile(int64_t first, int count) {
     const int step = (shared_ && !matrix_) || job_.k->channel_scale ? 1 : count;
     for (int64_t b = first; b < first + count; b += step) {
