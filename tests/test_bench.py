@@ -49,6 +49,8 @@ def test_rows_are_complete_and_the_record_is_json(record: dict[str, Any]) -> Non
         first, names = case["rows"][0], {row["name"] for row in case["rows"]}
         assert len(names) == len(case["rows"])
         assert set(first["times_faster_than"]) == names - {first["name"]}
+        others = {row["name"] for row in case["rows"] if row["kind"] != "ours"}
+        assert all(set(row["times_faster_than"]) == others for row in case["rows"][1:] if row["kind"] == "ours")
         for row in case["rows"]:
             assert row["bytes"] > 0 and row["error"] >= 0 and row["seconds"]["p20"] <= row["seconds"]["median"]
 

@@ -158,11 +158,9 @@ def _measure(
     rows = []
     for one in found:
         times = spread(seconds[one.name])
-        faster = {
-            peer.name: paired(seconds[peer.name], seconds[one.name])
-            for peer in found
-            if one.kind == "ours" and peer.name != one.name
-        }
+        # Each of ours beside every peer, the first also beside the others of ours.
+        rivals = [peer for peer in found if peer.kind != "ours" or one is found[0]] if one.kind == "ours" else []
+        faster = {x.name: paired(seconds[x.name], seconds[one.name]) for x in rivals if x is not one}
         about = {"name": one.name, "kind": one.kind, "bytes": one.nbytes, "error": errors[one.name]}
         about |= {"error_to_undamaged": whole[one.name], "gb_per_second": one.nbytes / times["median"] / 1e9}
         rows.append(about | {"seconds": times} | ({"times_faster_than": faster} if faster else {}))

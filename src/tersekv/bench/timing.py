@@ -79,9 +79,9 @@ def take_turns(
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and 20th to 80th percentile."""
+    """Median and 20th to 80th percentile, in six digits: more are noise, and a record holds thousands of them."""
     low, high = np.percentile(values, [20, 80])
-    return {"median": median(values), "p20": float(low), "p80": float(high)}
+    return {name: float(f"{x:.6g}") for name, x in (("median", median(values)), ("p20", low), ("p80", high))}
 
 
 def paired(slow: list[float], fast: list[float]) -> dict[str, float]:
