@@ -9,7 +9,7 @@ import torch
 from hosting import forward
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from stores import SCALE, D, H, fill, make, tokens
 from transformers import PreTrainedModel
 
 import tersekv
@@ -24,24 +24,8 @@ from tersekv.policy.routed import routed
 from tersekv.spec import parse
 from tersekv.store import Store
 
-H, D, SCALE, COST = 2, 64, 0.125, np.array(BITS)
+COST = np.array(BITS)
 SPECS = ["rotated:bits=3 policy=adaptive", "k=intn:bits=2 v=rotated:bits=3 policy=adaptive sink=0 recent=20 shuffle=7"]
-
-
-def make(spec: str, b: int = 1) -> Store:
-    return Store(parse(spec), b, H, D, torch.float32, torch.device("cpu"))
-
-
-def tokens(n: int, b: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of which some draw much attention: otherwise all tokens are worth the same."""
-    loud = torch.where(torch.rand(b, 1, n, 1) < 0.1, 3.0, 1.0)
-    return torch.randn(b, 2 * H, n, D), torch.randn(b, H, n, D) * loud, torch.randn(b, H, n, D)
-
-
-def fill(store: Store, q: Tensor, k: Tensor, v: Tensor, chunk: int = 10_000) -> Store:
-    for some in zip(*(x.split(chunk, 2) for x in (q, k, v)), strict=True):
-        store.append(some[1], some[2], None, (some[0], SCALE))
-    return store
 
 
 def levels(store: Store) -> np.ndarray:

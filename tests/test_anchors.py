@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hosting import forward
+from stores import SCALE, D, H, fill, make, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,24 +21,7 @@ from tersekv.prompt import prompt_ids
 from tersekv.spec import parse
 from tersekv.store import Store
 
-H, D, SCALE = 2, 64, 0.125
 SPECS = ["rotated:bits=2 policy=anchors permille=40", "vq policy=anchors permille=10 sink=0 recent=20 score=key"]
-
-
-def make(spec: str, b: int = 1) -> Store:
-    return Store(parse(spec), b, H, D, torch.float32, torch.device("cpu"))
-
-
-def tokens(n: int, b: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys of which some draw much attention: otherwise all tokens are worth the same."""
-    loud = torch.where(torch.rand(b, 1, n, 1) < 0.1, 3.0, 1.0)
-    return torch.randn(b, 2 * H, n, D), torch.randn(b, H, n, D) * loud, torch.randn(b, H, n, D)
-
-
-def fill(store: Store, q: Tensor, k: Tensor, v: Tensor, chunk: int = 10_000) -> Store:
-    for some in zip(*(x.split(chunk, 2) for x in (q, k, v)), strict=True):
-        store.append(some[1], some[2], None, (some[0], SCALE))
-    return store
 
 
 def by_matrix(q: Tensor, k: Tensor, v: Tensor, score: str, counts: Tensor) -> Tensor:
@@ -126,8 +110,11 @@ def fill_and_ask(store: Store, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return store.extend(q, k, v, None, SCALE, "exact")[:, :, -64:]
 
 
-@pytest.mark.parametrize("codec", ["rotated:bits=2", "vq:dim=16,index=6", "kivi:bits=2", "trellis:bits=1"])
-def test_anchors_help_any_codec_more_than_as_many_random_tokens(codec: str) -> None:
+@pytest.mark.parametrize(
+    ("codec", "left"),
+    [("rotated:bits=2", 0.5), ("vq:dim=16,index=6", 0.5), ("kivi:bits=2", 0.5), ("trellis:bits=1", 0.6)],
+)
+def test_anchors_help_any_codec_more_than_as_many_random_tokens(codec: str, left: float) -> None:
     """Ten tokens that all queries look at, among 600."""
     q, k, v = torch.randn(1, 2 * H, 700, D), 0.3 * torch.randn(1, H, 700, D), torch.randn(1, H, 700, D)
     wanted = torch.nn.functional.normalize(torch.randn(D), dim=0)
@@ -135,7 +122,7 @@ def test_anchors_help_any_codec_more_than_as_many_random_tokens(codec: str) -> N
     q += 3 * wanted
     words = [f"{codec} policy=anchors permille=20{more}" for more in ("", " shuffle=1")]
     exact, mine, drawn = outputs(["none:dtype=fp32", *words], q, k, v)
-    assert (mine - exact).norm() < 0.6 * (drawn - exact).norm()
+    assert (mine - exact).norm() < left * (drawn - exact).norm()
 
 
 def test_the_control_holds_as_many_and_others() -> None:

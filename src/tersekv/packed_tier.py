@@ -46,9 +46,8 @@ class PackedTier:
     starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
     lengths: Lengths
     whole: bool = True  # every page has a row that refers to it
-    asked: Tensor | None = (
-        None  # (b, h, d, d): second moments of folded queries, for which keys are encoded from now on
-    )
+    # (b, h, d, d): second moments of folded queries, for which keys are encoded from now on
+    asked: Tensor | None = None
 
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":

@@ -1,4 +1,4 @@
-"""Safetensors files that say what they are and carry a hash of all that is in them: caches, controllers."""
+"""Safetensors files that say what they are and carry a hash of all that is in them: caches, controllers, codebooks."""
 
 import hashlib
 from dataclasses import dataclass

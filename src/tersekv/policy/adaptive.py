@@ -10,7 +10,6 @@ window, when `router=attention` has seen who attends to it. See docs/methods/ada
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from tersekv.layout import BLOCK
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.allocate import allocate
 from tersekv.policy.base import Asked
-from tersekv.policy.routed import NotedTier, RoutedTiers, noted, routed
-from tersekv.policy.window import Window
+from tersekv.policy.routed import NotedTier, RoutedTiers, RoutedWindow, noted, routed
 from tersekv.ragged import join, take
 from tersekv.tiers import Evicted, Tiers
 
@@ -37,20 +35,10 @@ ERROR = np.array([0.1175, 0.0095, 4.1e-5, 0.0])
 
 
 @dataclass(frozen=True)
-class Adaptive(Window):
+class Adaptive(RoutedWindow):
     """The average is that of the bits of both codecs. Tokens wait dense until 64 of the same bits have come."""
 
     router: str = "attention"
-    shuffle: int = 0
-
-    asks: ClassVar = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shuffle < 0:
-            raise SpecError(f"shuffle={self.shuffle} is no seed. Give a positive number, or 0 for the router as it is.")
-        if self.recent < 1:
-            raise SpecError("recent=0: policy=adaptive decides by what recent tokens tell. Give at least 1.")
 
     @property
     def learned(self) -> bool:
@@ -150,15 +138,6 @@ class Adaptive(Window):
                 chosen = np.stack([_shuffled(row, self.shuffle, start) for row, start in rows_starts])
             levels[rows, first : first + BLOCK] = chosen
         return levels
-
-    def room(self, tiers: Tiers) -> int:
-        """As many as a decoding step by step would take before a block is due; 1 where one already is."""
-        missing = np.maximum(self.sink - tiers.seen, 0)
-        return max(int((missing + self.recent + BLOCK - tiers.dense["recent"].lengths).min()), 1)
-
-    def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:
-        """As the window's: of blocks that are cut through, the kept tokens become dense for good."""
-        return routed(tiers).below(length[:, None])
 
     def blocks(self, held: int, block: int) -> int:
         """Of the fewest: as many tokens as can be may be waiting."""

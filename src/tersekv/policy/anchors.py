@@ -10,7 +10,6 @@ get what 1 % of all so far allows. See docs/methods/anchors.md.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,8 +26,7 @@ from tersekv.ops.attention import attend_dense
 from tersekv.ops.pages import Partial
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Asked
-from tersekv.policy.routed import NotedTier, RoutedTiers, noted, routed
-from tersekv.policy.window import Window
+from tersekv.policy.routed import NotedTier, RoutedTiers, RoutedWindow, noted, routed
 from tersekv.tiers import Evicted, Tiers
 
 PACKED, ANCHORS, WAIT = "packed", "anchors", "wait"
@@ -36,24 +34,17 @@ DECIDED = (PACKED, ANCHORS, WAIT)  # tiers of tokens that have left the recent w
 
 
 @dataclass(frozen=True)
-class Anchors(Window):
+class Anchors(RoutedWindow):
     """`permille`: anchors of a thousand tokens. `score`: column, value or key."""
 
     permille: int = 10
     score: str = "column"
-    shuffle: int = 0
-
-    asks: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("score", self.score, SCORES)
         if not 0 <= self.permille <= 1000:
             raise SpecError(f"permille={self.permille}: anchors of a thousand tokens. Allowed: 0 to 1000.")
-        if self.shuffle < 0:
-            raise SpecError(f"shuffle={self.shuffle} is no seed. Give a positive number, or 0 for the score as it is.")
-        if self.recent < 1:
-            raise SpecError("recent=0: policy=anchors decides by what recent tokens tell. Give at least 1.")
 
     def tiers(self, k: Codec, v: Codec, empty: DenseTier) -> RoutedTiers:
         b, h = empty.lengths.shape
@@ -119,14 +110,6 @@ class Anchors(Window):
                 scores[row] = np.where(np.isfinite(scores[row]), drawn, -np.inf)
         rank = np.argsort(np.argsort(-scores, axis=-1, kind="stable"), axis=-1, kind="stable")
         return (rank < allowed[..., None]) & _counted(leaving)
-
-    def room(self, tiers: Tiers) -> int:
-        missing = np.maximum(self.sink - tiers.seen, 0)
-        return max(int((missing + self.recent + BLOCK - tiers.dense["recent"].lengths).min()), 1)
-
-    def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:
-        """As the window's: of blocks that are cut through, the kept tokens become dense for good."""
-        return routed(tiers).below(length[:, None])
 
     def blocks(self, held: int, block: int) -> int:
         left = max(held - self.sink - self.recent, 0) // BLOCK * BLOCK

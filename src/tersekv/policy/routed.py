@@ -1,6 +1,7 @@
-"""Tiers of a policy that sends each token to one of several packed tiers, and still knows where it stood."""
+"""A policy that sends each token to one of several tiers once it leaves the recent window, and its tiers."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -8,10 +9,41 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
+from tersekv.errors import SpecError
+from tersekv.layout import BLOCK
+from tersekv.policy.window import Window
 from tersekv.ragged import join
 from tersekv.tiers import Tiers
 
 CODES = 4  # in a byte: a route has 2 bits
+
+
+@dataclass(frozen=True)
+class RoutedWindow(Window):
+    """Every 64 tokens that leave the recent window are judged by what it tells.
+
+    `shuffle=SEED`, not 0, deals the same tiers to tokens drawn at random: the control.
+    """
+
+    shuffle: int = 0
+
+    asks: ClassVar = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shuffle < 0:
+            raise SpecError(f"shuffle={self.shuffle} is no seed. Give a positive number, or 0 for no shuffling.")
+        if self.recent < 1:
+            raise SpecError("recent=0: this policy decides by what recent tokens tell. Give at least 1.")
+
+    def room(self, tiers: Tiers) -> int:
+        """As many as a decoding step by step would take before 64 tokens are due; 1 where they already are."""
+        missing = np.maximum(self.sink - tiers.seen, 0)
+        return max(int((missing + self.recent + BLOCK - tiers.dense["recent"].lengths).min()), 1)
+
+    def crop(self, tiers: Tiers, length: Int[np.ndarray, "b"]) -> Tiers:
+        """As the window's: of blocks that are cut through, the kept tokens become dense for good."""
+        return routed(tiers).below(length[:, None])
 
 
 @dataclass(frozen=True)
