@@ -92,27 +92,39 @@ struct Ahead {
   }
 };
 
+// TILES token tiles from `first` on, which share the loads of their queries.
+template <int BITS, int R, int TILES>
+INLINE void score_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int first, int part, Ahead ahead, int d,
+                        const int8_t* q, float* dots) {
+  Ints sum[TILES][R] = {};
+  for (int u = 0; u < d / 8; u++) {
+    if (part == 0 && first == 0) ahead(u);
+    const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
+    for (int half = 0; half < 2; half++) {
+      Bytes level[TILES];
+      for (int t = 0; t < TILES; t++) level[t] = look_up(unit, 4 * half + first + t);
+      for (int r = 0; r < R; r++) {
+        const int32_t queries = four(q + r * d + 8 * u + 4 * half);
+        for (int t = 0; t < TILES; t++) sum[t][r] = Isa::dot(sum[t][r], level[t], queries);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < TILES; t++)
+      Isa::store(dots + BLOCK * r + 16 * (first + t) + Isa::LANES * part, Isa::to_floats(sum[t][r]));
+}
+
 // dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly.
 template <int BITS, int R>
 void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* q, float* dots) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
-    Ints sum[4][R] = {};
-    for (int u = 0; u < d / 8; u++) {
-      if (part == 0) ahead(u);
-      const Unit<BITS> unit(codes + u * VECTOR * BITS + part * Isa::WIDTH);
-      for (int half = 0; half < 2; half++) {
-        Bytes level[4];
-        for (int tile = 0; tile < 4; tile++) level[tile] = look_up(unit, 4 * half + tile);
-        for (int r = 0; r < R; r++) {
-          const int32_t queries = four(q + r * d + 8 * u + 4 * half);
-          for (int tile = 0; tile < 4; tile++) sum[tile][r] = Isa::dot(sum[tile][r], level[tile], queries);
-        }
-      }
+    if constexpr (4 * R + 8 <= Isa::REGISTERS) {  // eight for levels, queries and constants
+      score_tiles<BITS, R, 4>(look_up, codes, 0, part, ahead, d, q, dots);
+    } else {
+      score_tiles<BITS, R, 2>(look_up, codes, 0, part, ahead, d, q, dots);
+      score_tiles<BITS, R, 2>(look_up, codes, 2, part, ahead, d, q, dots);
     }
-    for (int r = 0; r < R; r++)
-      for (int tile = 0; tile < 4; tile++)
-        Isa::store(dots + BLOCK * r + 16 * tile + Isa::LANES * part, Isa::to_floats(sum[tile][r]));
   }
 }
 

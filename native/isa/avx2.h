@@ -9,7 +9,7 @@
 namespace tersekv::TERSEKV_ISA {
 
 struct Isa : Vector {
-  static constexpr int STRIP = 2, TILES = 1, INDEX_BITS = 4;
+  static constexpr int STRIP = 4, TILES = 1, REGISTERS = 16, INDEX_BITS = 4;
 
   static INLINE Bytes look_up(Bytes table, Bytes index, Bytes mask) {
     return (Bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)(index & mask));
@@ -21,7 +21,9 @@ struct Isa : Vector {
 #else
     // Levels and queries are at most 127 in magnitude, so a sum of two products fits 16 bits: no saturation.
     __m256i pairs = _mm256_maddubs_epi16((__m256i)a, b);
-    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    sum += (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __asm__("" : "+x"(sum));  // GCC would multiply all of a unit first, and add from the stack
+    return sum;
 #endif
   }
   static INLINE Bytes transposed(Bytes x) {
@@ -89,7 +91,18 @@ struct Isa : Vector {
   static INLINE Floats from_int8(const void* p) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
   }
-  static INLINE Floats from_log8(const uint8_t* p, const float* table) { return log8_by_table(p, table); }
+  // Twelve steps an octave: the table's entries 144..155 are 2^(0/12)..2^(11/12), the rest is an exponent.
+  static INLINE Floats from_log8(const uint8_t* p, const float* table) {
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i octave = _mm256_srli_epi32(_mm256_madd_epi16(code, _mm256_set1_epi32(171)), 11);
+    const __m256i step = _mm256_sub_epi32(code, _mm256_madd_epi16(octave, _mm256_set1_epi32(12)));
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 144), step);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 152), step);
+    const __m256 first = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(step, 28)));
+    const __m256i power = _mm256_slli_epi32(_mm256_sub_epi32(octave, _mm256_set1_epi32(12)), 23);
+    const __m256i value = _mm256_add_epi32(_mm256_castps_si256(first), power);
+    return (Floats)_mm256_andnot_si256(_mm256_cmpeq_epi32(code, _mm256_setzero_si256()), value);
+  }
 
   template <int S>
   static INLINE __m256 butterfly(__m256 x, __m256 other) {

@@ -8,7 +8,7 @@
 namespace tersekv::TERSEKV_ISA {
 
 struct Isa : Vector {
-  static constexpr int STRIP = 4, TILES = 2, INDEX_BITS = 4;
+  static constexpr int STRIP = 4, TILES = 2, REGISTERS = 32, INDEX_BITS = 4;
 
   static INLINE Bytes look_up(Bytes table, Bytes index, Bytes mask) {
     return (Bytes)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)(index & mask));

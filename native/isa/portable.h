@@ -6,7 +6,7 @@
 namespace tersekv::TERSEKV_ISA {
 
 struct Isa : Vector {
-  static constexpr int STRIP = 2, TILES = 1, INDEX_BITS = 4;
+  static constexpr int STRIP = 2, TILES = 1, REGISTERS = 32, INDEX_BITS = 4;
 
   static Bytes look_up(Bytes table, Bytes index, Bytes mask) {
     index &= mask;

@@ -9,7 +9,7 @@
 namespace tersekv::TERSEKV_ISA {
 
 struct Zmm : Vector {
-  static constexpr int STRIP = 4, TILES = 2, INDEX_BITS = 6;
+  static constexpr int STRIP = 4, TILES = 2, REGISTERS = 32, INDEX_BITS = 6;
 
   // vpermb uses six bits of an index; the table repeats, so what lies above a code in its byte does not matter.
   static INLINE Bytes look_up(Bytes table, Bytes index, Bytes) {
