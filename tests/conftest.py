@@ -1,6 +1,7 @@
 """Shapes are checked in tests only: jaxtyping's hook wraps every function of the package."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,6 +21,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from tersekv.calibrate.session import Settings
+from tersekv.models import LoadedModel
 
 SMALL = {
     "vocab_size": 97,
@@ -68,3 +72,22 @@ def llama() -> PreTrainedModel:
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(1, 97, (2, 300))
+
+
+class Letters:
+    """A tokenizer for tests: one token a character."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> object:
+        return type("Encoding", (), {"input_ids": [ord(c) % 96 + 1 for c in text]})()
+
+
+@pytest.fixture
+def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of a random model, on a text of letters."""
+    monkeypatch.setattr(
+        "tersekv.calibrate.session.load",
+        lambda *_: LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none"),
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and runs. " * 60)
+    return Settings("tiny", text, "none", windows=5, tokens=260, follow=1)

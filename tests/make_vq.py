@@ -9,8 +9,8 @@ import sys
 import torch
 
 from tersekv.calibrate.kmeans import kmeans, nearest
+from tersekv.codecs.books import UNIVERSAL, Books
 from tersekv.codecs.vq import SHAPES
-from tersekv.codecs.vq_books import UNIVERSAL, Books
 
 SAMPLES, ROUNDS, STAGES = 400_000, 40, 2
 

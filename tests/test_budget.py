@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 BUDGET = {
     ".": 3760,
     "bench": 2400,
-    "calibrate": 990,
-    "codecs": 1290,
+    "calibrate": 1220,
+    "codecs": 1420,
     "eval": 1330,
     "hf": 1100,
     "models": 600,

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from test_eval import Letters
 from transformers.cache_utils import DynamicCache
 
 import tersekv
@@ -20,12 +19,9 @@ from tersekv.calibrate.session import Settings
 from tersekv.calibrate.training import train
 from tersekv.errors import RecordError
 from tersekv.hf.cost import sequence_bytes
-from tersekv.models import LoadedModel
 from tersekv.policy.controller import Controller
 from tersekv.spec import parse
 from tersekv.terminal import Stages, to_text
-
-TEXT = "the quick brown fox jumps over the lazy dog, and runs. " * 60
 
 
 @pytest.fixture
@@ -86,14 +82,8 @@ def test_training_on_noise_does_not_pretend() -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(
-        "tersekv.calibrate.session.load",
-        lambda *_: LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none"),
-    )
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    return Settings("tiny", text, "rotated:bits=3", windows=5, tokens=200, follow=8)
+def settings(calibration: Settings) -> Settings:
+    return replace(calibration, spec="rotated:bits=3", tokens=200, follow=8)
 
 
 def test_a_stopped_calibration_goes_on_and_gives_the_same(settings: Settings, tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hosting import forward
-from test_eval import Letters
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,22 +14,21 @@ import tersekv
 from tersekv import CacheFileError, InputError, SpecError
 from tersekv.calibrate.kmeans import distortion, kmeans
 from tersekv.calibrate.session import Settings
-from tersekv.calibrate.vq import FittedBooks, Shape, calibrate, fit_layer
-from tersekv.calibrate.vq_windows import SCORE, Sample
+from tersekv.calibrate.vq import SCORE, FittedBooks, Shape, calibrate, fit_layer
+from tersekv.calibrate.windows import Sample
+from tersekv.codecs.books import Books
 from tersekv.codecs.vq import VQ
-from tersekv.codecs.vq_books import Books
 from tersekv.errors import ModelError
 from tersekv.hf.capture import Seen, observed
 from tersekv.hf.cost import sequence_bytes
 from tersekv.layout import BLOCK
-from tersekv.models import LoadedModel, load
+from tersekv.models import load
 from tersekv.ops.anchors import causal_scores
 from tersekv.prompt import prompt_ids
 from tersekv.spec import parse
 from tersekv.store import Store
 from tersekv.terminal import Stages
 
-TEXT = "the quick brown fox jumps over the lazy dog, and runs. " * 60
 SHAPE = Shape(dim=4, index=4, rounds=4)
 
 
@@ -62,34 +59,23 @@ def test_every_entry_is_used_and_rounds_help() -> None:
     assert (torch.cdist(found[2], x).amin(-1) < 1).all()
 
 
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(
-        "tersekv.calibrate.session.load",
-        lambda *_: LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none"),
-    )
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    return Settings("tiny", text, "none", windows=5, tokens=260, follow=1)
-
-
-def run(settings: Settings, folder: Path, out: Path, shape: Shape = SHAPE) -> FittedBooks:
+def run(calibration: Settings, folder: Path, out: Path, shape: Shape = SHAPE) -> FittedBooks:
     with Stages() as stages:
-        return calibrate(settings, shape, folder, out, stages)
+        return calibrate(calibration, shape, folder, out, stages)
 
 
-def test_a_stopped_calibration_goes_on_and_gives_the_same(settings: Settings, tmp_path: Path) -> None:
-    done = run(settings, tmp_path / "run", tmp_path / "one.safetensors")
+def test_a_stopped_calibration_goes_on_and_gives_the_same(calibration: Settings, tmp_path: Path) -> None:
+    done = run(calibration, tmp_path / "run", tmp_path / "one.safetensors")
     folder, samples = tmp_path / "run", (tmp_path / "run" / "samples.jsonl").read_bytes()
     lines = samples.splitlines(keepends=True)
     assert len(lines) == 5 + 3
     (folder / "samples.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:40])
     times = {path: path.stat().st_mtime_ns for path in folder.glob("window*")}
-    again = run(settings, folder, tmp_path / "two.safetensors")
+    again = run(calibration, folder, tmp_path / "two.safetensors")
     assert (folder / "samples.jsonl").read_bytes() == samples and replace(again, path="", spec="") == replace(
         done, path="", spec=""
     )
-    run(settings, folder, tmp_path / "even.safetensors", replace(SHAPE, weights="none"))
+    run(calibration, folder, tmp_path / "even.safetensors", replace(SHAPE, weights="none"))
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("window*")}, "windows are read once"
     one, two, even = (Books.load(tmp_path / f"{x}.safetensors").tensors for x in ("one", "two", "even"))
     assert all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
@@ -97,12 +83,12 @@ def test_a_stopped_calibration_goes_on_and_gives_the_same(settings: Settings, tm
     damaged = next(folder.glob("window*"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(CacheFileError, match="cannot be read"):
-        run(settings, folder, tmp_path / "three.safetensors")
+        run(calibration, folder, tmp_path / "three.safetensors")
 
 
 @pytest.fixture
-def books(settings: Settings, tmp_path: Path) -> FittedBooks:
-    return run(settings, tmp_path / "run", tmp_path / "books.safetensors")
+def books(calibration: Settings, tmp_path: Path) -> FittedBooks:
+    return run(calibration, tmp_path / "run", tmp_path / "books.safetensors")
 
 
 def test_books_say_where_they_come_from_and_work(books: FittedBooks, llama: PreTrainedModel, tmp_path: Path) -> None:
@@ -176,25 +162,25 @@ def test_what_books_refuse(
 
 
 def test_a_cache_knows_its_books(
-    settings: Settings, books: FittedBooks, llama: PreTrainedModel, tmp_path: Path
+    calibration: Settings, books: FittedBooks, llama: PreTrainedModel, tmp_path: Path
 ) -> None:
     """A file that was fitted anew, under the same name, is not what the saved codes index."""
     with tersekv.attached(llama):
         cache = tersekv.cache(llama, books.spec)
         forward(llama, cache, torch.randint(1, 97, (1, 200)))
     tersekv.save(cache, tmp_path / "cache.safetensors", llama)
-    run(settings, tmp_path / "run", Path(books.path), replace(SHAPE, weights="none"))
+    run(calibration, tmp_path / "run", Path(books.path), replace(SHAPE, weights="none"))
     with pytest.raises(CacheFileError, match="saved with other books"):
         tersekv.load(tmp_path / "cache.safetensors", llama)
     with tersekv.attached(llama):
         forward(llama, cache, torch.randint(1, 97, (1, 200)))  # one that lives goes on with those it has
 
 
-def test_too_little_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_too_little_is_refused(calibration: Settings, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Allowed: a dim"):
         Shape(index=9)
     with pytest.raises(InputError, match="--dim 5 does not divide the head dim 32"):
-        run(settings, tmp_path / "run", tmp_path / "x", Shape(dim=5))
+        run(calibration, tmp_path / "run", tmp_path / "x", Shape(dim=5))
 
 
 @pytest.mark.model

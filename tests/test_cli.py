@@ -30,6 +30,7 @@ VERBS = {
     "calibrate": ["calibrate"],
     "calibrate-adaptive": ["calibrate", "adaptive"],
     "calibrate-budget": ["calibrate", "budget"],
+    "calibrate-klt": ["calibrate", "klt"],
     "calibrate-vq": ["calibrate", "vq"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import Letters, make_model
 from transformers import PreTrainedModel
 
 from tersekv import InputError, parse
@@ -86,13 +86,6 @@ def test_observing_shows_what_attention_got_and_changes_nothing(any_model: PreTr
     assert [seen.layer for seen in shown] == ([1] if sliding else [0, 1, 2])
     for seen in shown:
         torch.testing.assert_close(seen.exact, seen.out, rtol=1e-4, atol=1e-5)
-
-
-class Letters:
-    """A tokenizer for tests: one token a character."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> object:
-        return type("Encoding", (), {"input_ids": [ord(c) % 96 + 1 for c in text]})()
 
 
 RUN = """

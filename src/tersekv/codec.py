@@ -17,12 +17,16 @@ from tersekv.packed import Packed
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted to a model and is held beside the pages: whose it is, which it is, how many bytes it has."""
+    """What was fitted to a model and is held beside the pages: whose it is, which it is, how many bytes it has.
+
+    `seconds`: how long fitting took, where the file says it.
+    """
 
     fingerprint: str  # of the model, see `files.fingerprint`
     model: str
     digest: str
     nbytes: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

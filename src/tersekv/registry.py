@@ -6,6 +6,7 @@ CODECS = {
     "direction": "tersekv.codecs.direction:Direction",
     "intn": "tersekv.codecs.intn:IntN",
     "kivi": "tersekv.codecs.kivi:Kivi",
+    "klt": "tersekv.codecs.klt:KLT",
     "kvquant": "tersekv.codecs.kvquant:KVQuant",
     "lloydmax": "tersekv.codecs.lloydmax:LloydMax",
     "outliers": "tersekv.codecs.outliers:Outliers",

@@ -7,21 +7,39 @@ from cyclopts import App, Parameter
 
 from tersekv.terminal import Json, Stages, show
 
+# Options that verbs share, and what `--help` says of them.
+Model = Annotated[
+    str, Parameter(help="smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.")
+]
+Text = Annotated[Path, Parameter(help="The calibration text, a UTF-8 file. Do not evaluate on it.")]
+Windows = Annotated[int, Parameter(help="Windows of the text, drawn without replacement.")]
+HeldOut = Annotated[int, Parameter(help="Windows of the text, drawn without replacement; a fifth of them is held out.")]
+Window = Annotated[int, Parameter(help="Tokens of a window.")]
+Follow = Annotated[int, Parameter(help="Tokens after the window, by which it is judged.")]
+GradientsDirectory = Annotated[
+    Path | None,
+    Parameter(
+        name="--dir",
+        help="Where windows are kept: the same command goes on where it was stopped, and other methods that ask for "
+        "gradients reuse them. Default: calibrations/gradients/MODEL.",
+    ),
+]
+Device = Annotated[str, Parameter(help="cpu or cuda.")]
 calibrate = App(name="calibrate", help="Fit a policy to a model, on a text, by measurement.")
 
 
 @calibrate.command
 def adaptive(
-    model: str,
+    model: Model,
     *,
-    text: Path,
+    text: Text,
     spec: str = "rotated:bits=3",
-    windows: int = 24,
+    windows: Windows = 24,
     tokens: int = 64,
-    window: int = 384,
-    follow: int = 32,
+    window: Window = 384,
+    follow: Follow = 32,
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
     json: Json = False,
@@ -30,24 +48,12 @@ def adaptive(
 
     Parameters
     ----------
-    model
-        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
-    text
-        The calibration text, a UTF-8 file. Do not evaluate on it.
     spec
         The codec, and as its bits the average that labels are made for. Other averages work too.
-    windows
-        Windows of the text, drawn without replacement.
     tokens
         Tokens measured in each: every precision of each, alone.
-    window
-        Tokens of a window.
-    follow
-        Tokens after the window, by which it is judged.
     seed
         Of windows, tokens, weights and batches.
-    device
-        cpu or cuda.
     directory
         Where measurements are kept: the same command goes on where it was stopped. Default:
         calibrations/adaptive/MODEL.
@@ -66,16 +72,16 @@ def adaptive(
 
 @calibrate.command
 def budget(
-    model: str,
+    model: Model,
     *,
-    text: Path,
+    text: Text,
     bits: float,
     spec: str = "rotated",
-    windows: int = 12,
-    window: int = 384,
-    follow: int = 32,
+    windows: Windows = 12,
+    window: Window = 384,
+    follow: Follow = 32,
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
     json: Json = False,
@@ -84,24 +90,12 @@ def budget(
 
     Parameters
     ----------
-    model
-        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
-    text
-        The calibration text, a UTF-8 file. Do not evaluate on it.
     bits
         The average over layers, keys and values; nominal, such as 3.0.
     spec
         Codecs and policy, whose bits are to be replaced.
-    windows
-        Windows of the text, drawn without replacement.
-    window
-        Tokens of a window.
-    follow
-        Tokens after the window, by which it is judged.
     seed
         Of the windows.
-    device
-        cpu or cuda.
     directory
         Where measurements are kept: the same command goes on where it was stopped, and another --bits reuses them.
         Default: calibrations/budget/MODEL.
@@ -125,18 +119,18 @@ def budget(
 
 @calibrate.command
 def vq(
-    model: str,
+    model: Model,
     *,
-    text: Path,
+    text: Text,
     dim: int = 8,
     index: int = 8,
     stages: int = 1,
     weights: str = "anchors",
     rounds: int = 12,
-    windows: int = 16,
-    window: int = 1024,
+    windows: HeldOut = 16,
+    window: Window = 1024,
     seed: int = 0,
-    device: str = "cpu",
+    device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
     json: Json = False,
@@ -145,10 +139,6 @@ def vq(
 
     Parameters
     ----------
-    model
-        smollm2, qwen2.5-coder-1.5b, gemma3-270m, a hub id, a local folder or a GGUF file.
-    text
-        The calibration text, a UTF-8 file. Do not evaluate on it.
     dim
         Values that share an index.
     index
@@ -159,14 +149,8 @@ def vq(
         anchors: by the anchor scores of AnTKV; none: all tokens alike, the control.
     rounds
         Of k-means.
-    windows
-        Windows of the text, drawn without replacement; a fifth of them is held out.
-    window
-        Tokens of a window.
     seed
         Of windows and k-means.
-    device
-        cpu or cuda.
     directory
         Where windows and layers are kept: the same command goes on where it was stopped, and other books reuse the
         windows. Default: calibrations/vq/MODEL.
@@ -182,4 +166,43 @@ def vq(
     folder = directory or Path("calibrations") / "vq" / name
     with Stages() as progress:
         result = run(settings, shape, folder, out or Path("codebooks") / f"{name}.safetensors", progress)
+    show(result, json)
+
+
+@calibrate.command
+def klt(
+    model: Model,
+    *,
+    text: Text,
+    groups: int = 8,
+    weights: str = "fisher",
+    windows: HeldOut = 10,
+    window: Window = 1024,
+    seed: int = 0,
+    device: Device = "cpu",
+    directory: GradientsDirectory = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Channels of this model's keys and values that codes of few bits should have, by what errors along them cost.
+
+    Parameters
+    ----------
+    groups
+        Of channels, each with bits of its own; 1: the same bits for all, which kernels read.
+    weights
+        fisher: what counts is Fisher information; queries: what queries see of keys, of values all alike.
+    seed
+        Of windows and of labels.
+    out
+        The matrices. Default: transforms/MODEL.safetensors.
+    """
+    from tersekv.calibrate.klt import calibrate as run
+    from tersekv.calibrate.session import Settings
+
+    name = Path(model).name
+    settings = Settings(model, text, "none", windows, window, 1, seed, device)
+    folder = directory or Path("calibrations") / "gradients" / name
+    with Stages() as stages:
+        result = run(settings, groups, weights, folder, out or Path("transforms") / f"{name}.safetensors", stages)
     show(result, json)

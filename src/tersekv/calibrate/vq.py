@@ -6,6 +6,7 @@ output, of a mean query behind it: `ops.anchors`, the factors of the paper's the
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,17 +17,19 @@ from torch import Tensor
 
 from tersekv.calibrate.kmeans import distortion, kmeans, nearest
 from tersekv.calibrate.session import Session, Settings
-from tersekv.calibrate.vq_windows import SIDES, Sample, gathered
+from tersekv.calibrate.windows import SIDES, Sample, bf16, divided, gathered, kept
 from tersekv.codec import check_choice
-from tersekv.codecs.vq_books import Books
+from tersekv.codecs.books import Books
 from tersekv.errors import InputError
+from tersekv.hf.capture import Seen, observed
+from tersekv.ops.anchors import causal_scores
 from tersekv.sealed import Sealed
 from tersekv.spec import parse
 from tersekv.terminal import Stages
 
-PART = Sealed("tersekv-codebooks-part", 1, (), "Delete it, and the layer is fitted again.")
+PART = Sealed("tersekv-codebooks-part", 2, ("seconds",), "Delete it, and the layer is fitted again.")
 WEIGHTS = ("anchors", "none")
-TEST = 0.2  # of the windows, held out
+SCORE = {"k": "key", "v": "column"}  # the factor of an error of a key, and of a value
 
 
 @dataclass(frozen=True)
@@ -79,25 +82,46 @@ class FittedBooks:
 def calibrate(settings: Settings, shape: Shape, folder: Path, out: Path, stages: Stages) -> FittedBooks:
     """Raises InputError for a dim that does not divide the head dim, or fewer tokens than entries."""
     session = Session.open(settings, stages)
-    directory, samples = gathered(session, folder)
-    train = samples[: max(1, round(len(samples) * (1 - TEST)))]
-    test = samples[len(train) :] or train
+    directory, samples = gathered(session, "vq", folder, read)
+    train, test = divided(samples)
     _check(shape, train)
+    seconds = sum(sample.seconds for sample in samples)
     tensors: dict[str, Tensor] = {}
     layers = train[0].layers
     for number, layer in enumerate(layers):
         path, item = folder / f"{shape}.{layer}.safetensors", f"layer {layer}"
         if not (directory.holds("vq", item, [str(shape)]) and path.is_file()):
             stages(f"fitting layer {layer}", number / len(layers))
+            start = perf_counter()
             books, lost = fit_layer(shape, layer, train, test, settings.seed)
-            PART.write(path, books, {})
+            PART.write(path, books, {"seconds": f"{perf_counter() - start:.1f}"})
             directory.add("vq", item, {str(shape): lost})
-        tensors |= PART.read(path)[0]
+        books, metadata = PART.read(path)
+        tensors |= books
+        seconds += float(metadata["seconds"])
     found = [directory.samples["vq", f"layer {layer}", str(shape)] for layer in layers]
     lost = {side: {kind: sum(x[side][kind] for x in found) / len(found) for kind in found[0][side]} for side in SIDES}
-    about = directory.manifest | {"codecs": dict.fromkeys(SIDES, shape.options), "fit": asdict(shape), "lost": lost}
+    options = dict.fromkeys(SIDES, shape.options)
+    about = directory.manifest | {"codecs": options, "fit": asdict(shape), "lost": lost, "seconds": seconds}
     Books("", about, tensors).save(out)
     return FittedBooks(str(out), _spec(shape, out), sum(x.nbytes for x in tensors.values()), lost)
+
+
+def read(session: Session, item: str) -> dict[str, Tensor]:
+    """Keys, values, and what an error of each token would do to the outputs of the queries that see it."""
+    found: dict[str, Tensor] = {}
+
+    def look(seen: Seen) -> None:
+        behind = torch.arange(seen.k.shape[2], 0, -1)  # queries that see each token, its own among them
+        for side, x in (("k", seen.k), ("v", seen.v)):
+            weights = causal_scores(seen.q, seen.k, seen.v, seen.scale, SCORE[side]) / behind
+            found[f"{seen.layer}.{side}"] = bf16(kept(x))
+            found[f"{seen.layer}.{side}.weights"] = kept(weights).contiguous()
+
+    model = session.subject.model
+    with observed(model, look):
+        model(input_ids=session.subject.window(item), use_cache=False, logits_to_keep=1)
+    return found
 
 
 def _spec(shape: Shape, out: Path) -> str:
@@ -142,7 +166,7 @@ def _problems(
 ) -> tuple[Float[Tensor, "p n dim"], Float[Tensor, "p n"]]:
     """Sub-vectors by KV head and place, and the weights of their tokens."""
     x = torch.cat([sample.values(layer, side)[0] for sample in samples], 1).float().unflatten(-1, (-1, shape.dim))
-    w = torch.cat([sample.weights(layer, side)[0] for sample in samples], 1)
+    w = torch.cat([sample.beside(layer, side, "weights")[0] for sample in samples], 1)
     h, n, places, _ = x.shape
     return x.transpose(1, 2).flatten(0, 1).contiguous(), w[:, None].expand(h, places, n).flatten(0, 1).contiguous()
 

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersekv.codec import Codec, Fitted, check_choice
+from tersekv.codecs.books import UNIVERSAL, Books
 from tersekv.codecs.rotated import eight_bit
-from tersekv.codecs.vq_books import UNIVERSAL, Books
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.planes import pack_codes, to_bytes
@@ -71,10 +71,7 @@ class VQ(Codec):
             raise SpecError("scale=none: universal books are for tokens of variance 1. Use unbiased or norm.")
 
     def _check_fitted(self) -> None:
-        made = self._file.about["codecs"][self.side]
-        for option, value in made.items():
-            if getattr(self, option) != value:
-                raise SpecError(f"{self.books} was made for {option}={value}, not {getattr(self, option)}.")
+        Books.of(self.books, "vq", self.side, vars(self))
         _ = self.tables  # raises where the file has no such layer; kept from now on, whatever becomes of the file
 
     @cached_property
@@ -88,10 +85,8 @@ class VQ(Codec):
 
     @property
     def fitted(self) -> Fitted | None:
-        if self.books == "universal":
-            return None
-        about = self._file.about
-        return Fitted(about["fingerprint"], about["model"]["name"], self.tables.digest, self.tables.nbytes)
+        name = f"{self.layer}.{self.side} {self.stages}"
+        return None if self.books == "universal" else self._file.fitted(name, self.tables.nbytes)
 
     def at(self, layer: int) -> "VQ":
         return self if self.books == "universal" else replace(self, layer=layer)

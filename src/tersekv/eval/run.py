@@ -94,7 +94,9 @@ def _body(spec: Spec | None, d: int) -> dict[str, Any]:
     layouts, info = [layout for one in infos for layout in one.layouts.values()], infos[0]
     nominal, body = (fmean(getattr(x, name) for x in layouts) for name in ("nominal_bits", "bits_per_value"))
     recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
-    return {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
+    facts: dict[str, Any] = {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
+    fits = {x.digest.split()[0]: x.seconds for x in (info.spec.k.fitted, info.spec.v.fitted) if x and x.seconds}
+    return facts | ({"calibration_seconds": sum(fits.values())} if fits else {})
 
 
 def _manifest(settings: RunFile, subject: Subject) -> dict[str, Any]:

@@ -41,6 +41,13 @@ def observed(model: PreTrainedModel, look: Callable[[Seen], None]) -> Iterator[P
     Nothing is kept, so memory is that of one layer. Run the model without a cache: a layer then has all its tokens.
     Raises ModelError if the model's attention cannot be exchanged.
     """
+    with torch.inference_mode(), watched(model, look):
+        yield model
+
+
+@contextmanager
+def watched(model: PreTrainedModel, look: Callable[[Seen], None]) -> Iterator[PreTrainedModel]:
+    """As `observed`, but gradients are followed if torch does, so that `look` may keep what they are asked of."""
     before = model.config._attn_implementation or "eager"
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     packable = {index for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
@@ -63,7 +70,6 @@ def observed(model: PreTrainedModel, look: Callable[[Seen], None]) -> Iterator[P
             f"{type(model).__name__} does not use transformers' attention interface, so nobody can look at its keys."
         )
     try:
-        with torch.inference_mode():
-            yield model
+        yield model
     finally:
         model.set_attn_implementation(before)

@@ -32,7 +32,7 @@ def check_fitted(model: PreTrainedModel, spec: Spec) -> None:
         if codec.fitted is not None and codec.fitted.fingerprint != fingerprint(model):
             raise CacheFileError(
                 f"{spec} was fitted to another model ({codec.fitted.model}), whose keys and values are not this one's. "
-                "Fit to this: tersekv calibrate vq MODEL --text FILE."
+                "Fit to this: tersekv calibrate METHOD MODEL --text FILE."
             )
 
 

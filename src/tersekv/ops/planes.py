@@ -93,8 +93,8 @@ def read(packed: Packed, name: str) -> Float[Tensor, "*lead rows cols"] | None:
     return values if step is None else values * step
 
 
-def read_codes(packed: Packed) -> UInt8[Tensor, "*lead block d"]:
-    plane = packed.layout.plane("codes")
+def read_codes(packed: Packed, name: str = "codes") -> UInt8[Tensor, "*lead block cols"]:
+    plane = packed.layout.plane(name)
     if plane.order != "linear":
         raise ValueError(f'The reference reads the linear order, not "{plane.order}": call repack(packed, "linear").')
-    return unpack_codes(packed.plane("codes"), plane.bits).unflatten(-1, (plane.rows, plane.cols))
+    return unpack_codes(packed.plane(name), plane.bits).unflatten(-1, (plane.rows, plane.cols))

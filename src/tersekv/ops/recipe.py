@@ -4,6 +4,7 @@ dense   the stored values themselves
 grid    (table[code] * scale + zero) * channel_scale + channel_zero, every factor but the table optional;
         first="channel": (table[code] * channel_scale + channel_zero) * scale + zero
 joined  the values of several recipes, each over planes of its own, side by side
+grids   as grid, but channels have codes of several widths: a plane and a table for each
 
 A method may bring a recipe of its own; only the reference reads it.
 """
@@ -63,6 +64,24 @@ class Grid:
             x = _times(x, read(packed, scale))
             x = _plus(x, read(packed, zero))
         return x
+
+
+@dataclass(frozen=True)
+class Grids:
+    """`parts`: plane of codes, channels, table. Channels of one entry have no plane. Scale and zero as in `grid`."""
+
+    parts: tuple[tuple[str, int, tuple[float, ...]], ...]
+    name = "grid of several widths"
+
+    def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
+        shape = (*packed.data.shape[:-1], packed.layout.block)
+        found: list[Tensor] = []
+        for name, channels, table in self.parts:
+            entries = torch.tensor(table, dtype=torch.float32, device=packed.data.device)
+            coded = name in packed.layout
+            found.append(entries[read_codes(packed, name).int()] if coded else entries.expand(*shape, channels))
+        x = _times(torch.cat(found, -1), read(packed, "scale"))
+        return _plus(x, read(packed, "channel_zero"))
 
 
 @dataclass(frozen=True)

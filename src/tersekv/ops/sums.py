@@ -28,6 +28,17 @@ def token_sum(x: Float[Tensor, "*lead block d"]) -> Float[Tensor, "*lead d"]:
     return _halved(x, -2)
 
 
+def products(
+    x: Float[Tensor, "*lead n dim"], rows: Float[Tensor, "*#lead entries dim"]
+) -> Float[Tensor, "*lead n entries"]:
+    """Inner products, summed over channels in their order, without fused multiply-add."""
+    total = torch.zeros(*x.shape[:-1], rows.shape[-2], device=x.device)
+    term = torch.empty_like(total)
+    for j in range(x.shape[-1]):
+        total += torch.mul(x[..., j, None], rows[..., None, :, j], out=term)
+    return total
+
+
 def root(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The correctly rounded fp32 square root, by way of fp64: torch's own is an ulp off on some processors."""
     return x.double().sqrt().float()

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from tersekv.ops.planes import read, unpack_codes
+from tersekv.ops.planes import read, read_codes
+from tersekv.ops.sums import products
 from tersekv.packed import Packed
 
 PLANES = ("codes", "codes2")
@@ -85,15 +86,10 @@ class VectorLookup:
     name = "vq"
 
     def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
-        x = self.tables.values(tuple(_codes(packed, name) for name in PLANES if name in packed.layout))
+        x = self.tables.values(tuple(read_codes(packed, name) for name in PLANES if name in packed.layout))
         scale, zero = read(packed, "scale"), read(packed, "channel_zero")
         x = x if scale is None else x * scale
         return x if zero is None else x + zero
-
-
-def _codes(packed: Packed, name: str) -> Tensor:
-    plane = packed.layout.plane(name)
-    return unpack_codes(packed.plane(name), plane.bits).unflatten(-1, (plane.rows, plane.cols))
 
 
 def _searched(z: Float[Tensor, "groups n dim"], tables: list[Tensor]) -> UInt8[Tensor, "groups n stages"]:
@@ -102,7 +98,7 @@ def _searched(z: Float[Tensor, "groups n dim"], tables: list[Tensor]) -> UInt8[T
     score, first = found.max(-1)  # the first of equals, as torch promises
     if len(tables) == 1:
         return first[..., None].to(torch.uint8)
-    also, shared = _scores(z, tables[1]), _products(tables[0], tables[1])
+    also, shared = _scores(z, tables[1]), products(tables[0], tables[1])
     best = torch.full_like(score, -torch.inf)
     codes = torch.zeros(*score.shape, 2, dtype=torch.uint8, device=z.device)
     for _ in range(BEAM):
@@ -121,13 +117,4 @@ def _scores(z: Float[Tensor, "groups n dim"], table: Float[Tensor, "groups e dim
     half = torch.zeros(*table.shape[:2], device=z.device)
     for j in range(table.shape[-1]):
         half -= 0.5 * (table[..., j] * table[..., j])
-    return _products(z, table).add_(half[:, None])
-
-
-def _products(x: Float[Tensor, "groups n dim"], table: Float[Tensor, "groups e dim"]) -> Float[Tensor, "groups n e"]:
-    """Inner products, summed over channels in their order without fused multiply-add: every backend finds the same."""
-    total = torch.zeros(*x.shape[:2], table.shape[1], device=x.device)
-    term = torch.empty_like(total)
-    for j in range(x.shape[-1]):
-        total += torch.mul(x[..., j, None], table[:, None, :, j], out=term)
-    return total
+    return products(z, table).add_(half[:, None])

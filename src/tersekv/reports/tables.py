@@ -47,13 +47,18 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def methods(rows: list[dict[str, Any]]) -> Table:
-    """Rows of a record with the recipe and whether the kernels read it."""
+    """Rows of a record with the recipe, whether the kernels read it, and how long fitting took, if anything was."""
     names = ("nominal", "body", "held", "ratio", "KL", "top-1")
     table = Table("spec", *(Column(name, justify="right") for name in names), "recipe", "kernels")
+    fitted = any("calibration_seconds" in row for row in rows)
+    if fitted:
+        table.add_column("calibration", justify="right")
     for row in rows:
         known, cells = "recipe" in row, _cells(row)
         readers = ("reference" if row["attention"].startswith("reference") else "native") if known else "torch"
-        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), readers)
+        seconds = row.get("calibration_seconds")
+        taken = ["-" if seconds is None else f"{seconds:,.0f} s"] if fitted else []
+        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), readers, *taken)
     return table
 
 
