@@ -14,7 +14,7 @@ BUDGET = {
     "bench": 2400,
     "calibrate": 990,
     "codecs": 1290,
-    "eval": 1330,
+    "eval": 1420,
     "hf": 1100,
     "models": 600,
     "ops": 1500,

@@ -5,6 +5,7 @@ from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -14,12 +15,13 @@ from tersekv import InputError, parse
 from tersekv.cli import main
 from tersekv.errors import CacheFileError, RecordError
 from tersekv.eval import samples
-from tersekv.eval.fidelity import cosine, logit_error, relative_error
+from tersekv.eval.fidelity import Found, cosine, fidelity, logit_error, relative_error
 from tersekv.eval.logits import Divergence, arms, compare
 from tersekv.eval.run import run
 from tersekv.eval.runfile import RunFile, read_run
 from tersekv.eval.samples import RunDirectory, read_samples
 from tersekv.eval.statistics import interval
+from tersekv.eval.tensors import _one_metric
 from tersekv.hf.capture import Seen, observed
 from tersekv.models import LoadedModel
 from tersekv.record import write
@@ -65,6 +67,36 @@ def test_tensor_metrics_by_hand() -> None:
     seen = torch.tensor([True, True, False])
     assert logit_error(logits, logits + wrong, seen).item() == pytest.approx(sqrt(0.25 * 1.5**2 + 0.75 * 0.5**2))
     assert logit_error(logits, logits + 7, seen).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_worst_head_by_hand() -> None:
+    # Two layers of two heads and two tokens; heads' means .9, .5, .8, .7: 5 % of heads are below .5 + .15 * .2.
+    values = np.array([[[1.0, 0.8], [0.9, 0.1]], [[0.7, 0.9], [0.7, 0.7]]])
+    layers = [(3 + n, Found(x, np.array([[6, 7], [6, 7]]))) for n, x in enumerate(values)]
+    found = _one_metric("self_cosine", layers)
+    assert found["mean"] == 0.725 and found["worst"] == 0.1 and found["where"] == {"layer": 3, "head": 1, "token": 7}
+    assert found["worst_head"] == 0.5 and found["head_tail"] == pytest.approx(0.53)
+    assert _one_metric("k_error", layers)["worst_head"] == 0.9
+
+
+def test_attention_by_own_keys_is_what_it_says() -> None:
+    draw = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 128, 64, generator=draw) for _ in range(2))
+    spec, seen = parse("rotated:bits=2 sink=0 recent=0 prefill=packed"), Seen(0, k, k, v, 1.0, v)
+    stored = []
+    for x, codec in ((k, spec.k), (v, spec.v)):
+        blocks = x[0].unflatten(1, (-1, 64))
+        stored.append(codec.decode(codec.encode(blocks)).flatten(1, 2))
+    outputs = []
+    for keys, values in ((k[0], v[0]), stored):
+        scores = (keys @ keys.mT / 8).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf)
+        outputs.append(scores.softmax(-1) @ values)
+    wanted = torch.nn.functional.cosine_similarity(*outputs, dim=-1)
+    got = fidelity(seen, spec)["self_cosine"].values
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5)
+    assert got.min() < 0.9, "two bits must show"
+    exact = fidelity(seen, parse("none:dtype=fp32 sink=0 recent=0 prefill=packed"))["self_cosine"].values
+    np.testing.assert_allclose(exact, 1, atol=1e-6)
 
 
 def test_bootstrap_intervals() -> None:

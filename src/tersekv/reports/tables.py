@@ -86,18 +86,18 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def _fidelity(record: Record, metrics: tuple[str, ...], place: str | None = None) -> Table:
-    """Mean, the tail that 5 % of tokens are beyond, and the worst over tokens, heads and layers."""
-    heads = [f"{name.replace('_', ' ')}: mean, 5 %, worst" for name in metrics]
+    """Mean, the tail that 5 % of tokens are beyond, the mean of the worst head, and the worst token."""
+    heads = [f"{name.replace('_', ' ')}: mean, 5 %, worst head, worst" for name in metrics]
     table = _table("spec", *heads, *([place] if place else []))
     for row in record["rows"]:
         found = (row["tensors"].get(name) for name in metrics)
-        cells = ["-" if x is None else _three(x) for x in found]
+        cells = ["-" if x is None else _four(x) for x in found]
         table.add_row(row["spec"], *cells, *([_place(row)] if place else []))
     return table
 
 
-def _three(x: dict[str, float]) -> str:
-    return ", ".join(f"{x[key]:.3g}" for key in ("mean", "tail", "worst"))
+def _four(x: dict[str, float]) -> str:
+    return ", ".join(f"{x[key]:.3g}" for key in ("mean", "tail", "worst_head", "worst"))
 
 
 def growth(record: Record) -> Table:
