@@ -88,6 +88,7 @@ def test_the_dense_arm_scores_as_lm_evals_own_model_does(loaded: LoadedModel, da
     row = depth.summary({i: x[list(SPECS)[2]] for i, x in found.items()}, {i: x["dense"] for i, x in found.items()}, 0)
     score = row["hellaswag"]["metrics"]["acc"]
     assert score["difference"] == pytest.approx(sum(packed[i][0] - dense[i][0] for i in items) / 10)
+    assert score["score_by_item"] == [packed[i][0] for i in items]
     lengths = [20 + 20 * n + 10 for n in numbers]
     assert row["hellaswag"]["saw_packed"] == pytest.approx(sum(n > 68 for n in lengths) / 10, abs=0.11)
     assert not any(values["dense"]["saw_packed"] for values in found.values())

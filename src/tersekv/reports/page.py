@@ -29,6 +29,7 @@ TITLES = {
     "tasks": "Tasks",
     "speed": "Speed and memory",
     "memory": "Bytes held by tier and plane",
+    "against": "Differences from the reference, paired by sample",
 }
 
 

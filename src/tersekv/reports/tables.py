@@ -11,6 +11,8 @@ from rich.table import Column, Table
 from tersekv.eval.metrics import COSINES, ERRORS
 from tersekv.record import headline
 from tersekv.reports.captions import caption
+from tersekv.reports.cells import number_and_interval
+from tersekv.reports.differences import against
 from tersekv.terminal import bytes_text
 
 Record = dict[str, Any]
@@ -161,15 +163,6 @@ def memory(record: Record) -> Table:
     return table
 
 
-def number_and_interval(x: dict[str, Any], name: str, form: str, times: float | int = 1, unit: str = "") -> str:
-    """`.0130 (.0121-.0140)`: a mean and its interval, or the mean alone where one sample allows no interval."""
-    if name not in x:
-        return "-"
-    text = f"{times * x[name]:{form}}{unit}"
-    found = x.get(f"{name}_interval")
-    return text if not found else f"{text} ({times * found[0]:{form}} to {times * found[1]:{form}})"
-
-
 # Name: the section of a row that it shows, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Record], Table]]] = {
     "quality": ("logits", quality),
@@ -186,7 +179,8 @@ TABLES: dict[str, tuple[str, Callable[[Record], Table]]] = {
 
 def tables(record: Record) -> dict[str, Table]:
     """Every table that the record has numbers for."""
-    return {name: make(record) for name, (section, make) in TABLES.items() if section in record["rows"][0]}
+    found = {name: make(record) for name, (section, make) in TABLES.items() if section in record["rows"][0]}
+    return found | ({"against": against(record, record["reference"])} if "reference" in record else {})
 
 
 @dataclass(frozen=True)
