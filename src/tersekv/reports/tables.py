@@ -180,7 +180,11 @@ TABLES: dict[str, tuple[str, Callable[[Record], Table]]] = {
 def tables(record: Record) -> dict[str, Table]:
     """Every table that the record has numbers for."""
     found = {name: make(record) for name, (section, make) in TABLES.items() if section in record["rows"][0]}
-    return found | ({"against": against(record, record["reference"])} if "reference" in record else {})
+    if "reference" in record:
+        found["against"] = against(record, record["reference"])
+    if "memory" in found:
+        found["memory"] = found.pop("memory")  # the longest, so the last
+    return found
 
 
 @dataclass(frozen=True)
