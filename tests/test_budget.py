@@ -14,13 +14,13 @@ BUDGET = {
     "bench": 2400,
     "calibrate": 1220,
     "codecs": 1420,
-    "eval": 1330,
+    "eval": 1440,
     "hf": 1100,
     "models": 600,
     "ops": 1500,
     "ops/cuda": 1200,
     "policy": 1330,
-    "reports": 660,
+    "reports": 840,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9
 

@@ -1,10 +1,12 @@
 """Metrics against hand-computed values, a run on a tiny model, and what happens to it when it is killed or damaged."""
 
 import json
+from dataclasses import replace
 from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Letters, make_model
@@ -14,16 +16,19 @@ from tersekv import InputError, parse
 from tersekv.cli import main
 from tersekv.errors import CacheFileError, RecordError
 from tersekv.eval import samples
-from tersekv.eval.fidelity import cosine, logit_error, relative_error
+from tersekv.eval.fidelity import Found, cosine, fidelity, logit_error, relative_error
 from tersekv.eval.logits import Divergence, arms, compare
 from tersekv.eval.run import run
 from tersekv.eval.runfile import RunFile, read_run
 from tersekv.eval.samples import RunDirectory, read_samples
-from tersekv.eval.statistics import interval
+from tersekv.eval.statistics import difference, interval
+from tersekv.eval.tensors import _one_metric
 from tersekv.hf.capture import Seen, observed
 from tersekv.models import LoadedModel
 from tersekv.record import write
-from tersekv.reports.tables import Results
+from tersekv.reports.differences import against
+from tersekv.reports.replications import PUBLISHED
+from tersekv.reports.tables import Results, tables
 from tersekv.terminal import Stages, to_text
 
 
@@ -67,6 +72,36 @@ def test_tensor_metrics_by_hand() -> None:
     assert logit_error(logits, logits + 7, seen).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_the_worst_head_by_hand() -> None:
+    # Two layers of two heads and two tokens; heads' means .9, .5, .8, .7: 5 % of heads are below .5 + .15 * .2.
+    values = np.array([[[1.0, 0.8], [0.9, 0.1]], [[0.7, 0.9], [0.7, 0.7]]])
+    layers = [(3 + n, Found(x, np.array([[6, 7], [6, 7]]))) for n, x in enumerate(values)]
+    found = _one_metric("self_cosine", layers)
+    assert found["mean"] == 0.725 and found["worst"] == 0.1 and found["where"] == {"layer": 3, "head": 1, "token": 7}
+    assert found["worst_head"] == 0.5 and found["head_tail"] == pytest.approx(0.53)
+    assert _one_metric("k_error", layers)["worst_head"] == 0.9
+
+
+def test_attention_by_own_keys_is_what_it_says() -> None:
+    draw = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 128, 64, generator=draw) for _ in range(2))
+    spec, seen = parse("rotated:bits=2 sink=0 recent=0 prefill=packed"), Seen(0, k, k, v, 1.0, v)
+    stored = []
+    for x, codec in ((k, spec.k), (v, spec.v)):
+        blocks = x[0].unflatten(1, (-1, 64))
+        stored.append(codec.decode(codec.encode(blocks)).flatten(1, 2))
+    outputs = []
+    for keys, values in ((k[0], v[0]), stored):
+        scores = (keys @ keys.mT / 8).masked_fill(torch.ones(128, 128).triu(1).bool(), -torch.inf)
+        outputs.append(scores.softmax(-1) @ values)
+    wanted = torch.nn.functional.cosine_similarity(*outputs, dim=-1)
+    got = fidelity(seen, spec)["self_cosine"].values
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5)
+    assert got.min() < 0.9, "two bits must show"
+    exact = fidelity(seen, parse("none:dtype=fp32 sink=0 recent=0 prefill=packed"))["self_cosine"].values
+    np.testing.assert_allclose(exact, 1, atol=1e-6)
+
+
 def test_bootstrap_intervals() -> None:
     assert interval([1.0]) is None
     assert interval([2.0] * 5) == (2.0, 2.0)
@@ -74,6 +109,28 @@ def test_bootstrap_intervals() -> None:
     assert found is not None
     # The mean of 400 coins has a standard deviation of .025: 95 % lie within 1.96 of it.
     assert found == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.006)
+
+
+def test_differences_are_paired_by_sample() -> None:
+    assert difference([3.0, 5.0], [1.0, 3.0]) == {"difference": 2.0, "difference_interval": [2.0, 2.0]}
+    assert difference([3.0], [1.0]) == {"difference": 2.0, "difference_interval": None}
+    with pytest.raises(ValueError, match="zip"):
+        difference([3.0, 5.0], [1.0])
+    # Windows differ by more than rows do: one row is worse by an eighth in each, the other better in one, worse in one.
+    samples = {"dense": [0.0, 0.0], "intn:bits=4": [0.125, 0.875]}
+    samples |= {"intn:bits=3": [0.25, 1.0], "intn:bits=2": [0.25, 0.75]}
+    rows = [{"spec": spec, "body_bits": 4.5, "logits": {"1024": {"kl_by_window": x}}} for spec, x in samples.items()]
+    record = {"run": {"seed": 0, "logits": {}}, "rows": rows}
+    table = against(record, "intn")  # its default is four bits
+    found = dict(zip(*(column.cells for column in (table.columns[0], table.columns[2])), strict=True))
+    assert [column.header for column in table.columns] == ["less intn:bits=4", "body", "1,024: KL (95 %)"]
+    assert found["intn:bits=3"] == "+0.1250 (+0.1250 to +0.1250)"
+    assert found["intn:bits=2"] == "+0.0000 (-0.1250 to +0.1250)"
+    assert found["dense"] == "-0.5000 (-0.8750 to -0.1250)" and "intn:bits=4" not in found
+    with pytest.raises(InputError, match=r'No row "intn:bits=8" to compare with\. Did you mean "intn:bits='):
+        against(record, "intn:bits=8")
+    with pytest.raises(InputError, match="holds no samples to pair"):
+        against({"run": {"speed": {}}, "rows": [{"spec": "intn:bits=4"}]}, "intn:bits=4")
 
 
 def test_observing_shows_what_attention_got_and_changes_nothing(any_model: PreTrainedModel) -> None:
@@ -150,6 +207,14 @@ def test_a_run_is_a_record(settings: RunFile, tmp_path: Path) -> None:
     assert record["run"]["model"] == "tiny" and record["data"]["text"]["name"] == "text.txt"
     assert record["model"] == {"source": "random weights", "revision": "none"}
     assert "rotated:bits=4" in to_text(Results([record]).__rich__(), width=80)
+    assert "reference" not in record and "against" not in tables(record)
+    again = measured(replace(settings, reference="rotated:bits=4"), tmp_path / "run")
+    assert without_seconds(again) == without_seconds(record) | {"reference": "rotated:bits=4"}, "and no sample is new"
+    names = [column.header for column in tables(again)["against"].columns]
+    heads = ["200: KL", "200: loss", "300: KL", "300: loss", "growth: KL", "needle"]
+    assert names == ["less rotated:bits=4", "body", *(f"{head} (95 %)" for head in heads)]
+    lost = difference(*(row["logits"]["200"]["loss_by_window"] for row in (two, dense)))
+    assert two["logits"]["200"]["loss_difference"] == pytest.approx(lost["difference"], abs=1e-6)
 
 
 def test_a_killed_run_goes_on_where_it_was(settings: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +314,10 @@ def test_a_report_is_one_page_that_needs_nothing_else(
             r'\[logits\]: unknown field "chunks". Did you mean "chunk"',
         ),
         ('model = "x"\nspecs = ["rotated:bits=4"]\n[logits]\nwindows = ["a"]', r"windows = \['a'\] is no list"),
+        (
+            'model = "x"\nspecs = ["rotated:bits=4"]\nreference = "rotated:bits=3"\n[tensors]',
+            'reference = "rotated:bits=3" is none of specs. Did you mean "rotated:bits=4"',
+        ),
         ('model = "x"\nspecs = ["rotated:bits=4"]\n[logits]\nwindows = [99]', "Each length must be from score_from"),
     ],
 )
@@ -260,11 +329,13 @@ def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "runs").glob("*.toml")), ids=lambda path: path.stem
+    "path",
+    sorted(set((Path(__file__).parents[1] / "runs").glob("*.toml")) - {Path(__file__).parents[1] / PUBLISHED}),
+    ids=lambda path: path.stem,
 )
 def test_run_files_of_the_project_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if path.stem == "codebooks":  # its books are fitted first
+    if path.stem in ("codebooks", "replicate-antkv"):  # their books are fitted first
         with pytest.raises(CacheFileError, match=r'cannot be read.* "tersekv calibrate vq MODEL --text FILE"'):
             [parse(spec) for spec in read_run(path).specs]
     elif not path.stem.startswith("attend"):

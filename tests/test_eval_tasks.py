@@ -23,8 +23,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
+from tersekv.eval import harness
 from tersekv.eval.harness import PackedLM
 from tersekv.eval.items import load_task
+from tersekv.eval.logits import read
 
 WORDS = [f"w{n}" for n in range(90)]
 SPECS = {
@@ -52,14 +54,19 @@ def sentence(draw: torch.Generator, length: int) -> str:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Items like HellaSwag's, most of them long enough to reach a page."""
-    folder, draw = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(1)
-    with (folder / "hellaswag.validation.jsonl").open("w") as file:
-        for number in range(14):
+    folder = tmp_path_factory.mktemp("data")
+    write_items(folder / "hellaswag.validation.jsonl", 14)
+    return folder
+
+
+def write_items(path: Path, count: int) -> None:
+    draw = torch.Generator().manual_seed(count)
+    with path.open("w") as file:
+        for number in range(count):
             text = sentence(draw, 20 + 20 * number)
             item = {"ctx_a": text, "ctx_b": "w1", "ctx": f"{text} w1", "activity_label": "w2", "label": str(number % 4)}
             item |= {"ind": number, "endings": [sentence(draw, 4 + n) for n in range(4)]}
             file.write(json.dumps(item | {"source_id": "x", "split": "val", "split_type": "y"}) + "\n")
-    return folder
 
 
 def test_the_dense_arm_scores_as_lm_evals_own_model_does(loaded: LoadedModel, data: Path) -> None:
@@ -81,9 +88,38 @@ def test_the_dense_arm_scores_as_lm_evals_own_model_does(loaded: LoadedModel, da
     row = depth.summary({i: x[list(SPECS)[2]] for i, x in found.items()}, {i: x["dense"] for i, x in found.items()}, 0)
     score = row["hellaswag"]["metrics"]["acc"]
     assert score["difference"] == pytest.approx(sum(packed[i][0] - dense[i][0] for i in items) / 10)
+    assert score["score_by_item"] == [packed[i][0] for i in items]
     lengths = [20 + 20 * n + 10 for n in numbers]
     assert row["hellaswag"]["saw_packed"] == pytest.approx(sum(n > 68 for n in lengths) / 10, abs=0.11)
     assert not any(values["dense"]["saw_packed"] for values in found.values())
+
+
+def test_what_requests_share_is_read_once_and_scores_stay(
+    loaded: LoadedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With examples, and with a router, which allows only short passes: scores are those of a whole text at once."""
+    write_items(tmp_path / "hellaswag.train.jsonl", 3)
+    (tmp_path / "hellaswag.validation.jsonl").symlink_to(data / "hellaswag.validation.jsonl")
+    task, _ = load_task("hellaswag", 2, tmp_path)
+    asked: Any = {"tasks": {"hellaswag": task}, "groups": {}, "group_map": {}}
+    own: Any = HFLM
+    theirs = own(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=4)
+    shown = []
+    monkeypatch.setattr(
+        harness,
+        "read",
+        lambda model, ids, *more, **named: shown.append(ids.numel()) or read(model, ids, *more, **named),
+    )
+    scores = []
+    for lm in (theirs, PackedLM(loaded, None, 4), PackedLM(loaded, parse("none:dtype=fp32 prefill=packed"), 4)):
+        said: Any = evaluate(lm, asked, samples={"hellaswag": [1, 5, 9]}, bootstrap_iters=0)
+        scores.append([x["filtered_resps"] for x in said["samples"]["hellaswag"]])
+    for ours in scores[1:]:
+        for item, wanted in zip(ours, scores[0], strict=True):
+            assert [greedy for _, greedy in item] == [greedy for _, greedy in wanted]
+            assert [score for score, _ in item] == pytest.approx([score for score, _ in wanted], rel=1e-4)
+    examples = 20 + 40  # words of the two examples' contexts, at least
+    assert 0 < sum(shown) / 2 < 3 * 4 * examples, "the examples alone, read for each ending, would be more"
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:

@@ -135,6 +135,19 @@ def test_a_copy_goes_its_own_way(any_model: PreTrainedModel, ids: Tensor) -> Non
     assert (cache.get_seq_length(), fork.get_seq_length()) == (PROMPT + 9, PROMPT + 89)
 
 
+@pytest.mark.parametrize("spec", ["rotated:bits=3", "rotated:bits=3 policy=adaptive prefill=packed"])
+def test_a_repeated_sequence_goes_on_as_the_one_did(any_model: PreTrainedModel, ids: Tensor, spec: str) -> None:
+    with tersekv.attached(any_model):
+        cache = tersekv.cache(any_model, spec)
+        forward(any_model, cache, ids[:1])
+        several = cache.copy()
+        several.batch_repeat_interleave(2)
+        alone = [forward(any_model, cache.copy(), ids[row : row + 1, :9]) for row in range(2)]
+        together = forward(any_model, several, ids[:2, :9])
+    assert (together - torch.cat(alone)).abs().max() <= tolerance(together)
+    assert not torch.equal(*alone)
+
+
 def test_report_with_no_sink(llama: PreTrainedModel, ids: Tensor) -> None:
     with tersekv.attached(llama):
         cache = tersekv.cache(llama, "rotated:bits=3 sink=0")

@@ -20,6 +20,7 @@ from tersekv.eval.runfile import read_run
 from tersekv.pages import FIGURES, ROOT, outdated, update
 from tersekv.reports.captions import caption
 from tersekv.reports.figures import family_and_label, is_fresh
+from tersekv.reports.replications import PUBLISHED
 from tersekv.spec import codecs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -58,8 +59,8 @@ def record() -> dict[str, Any]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The pages without the records."""
-    for page in PAGES:
+    """The pages and what others published, without the records."""
+    for page in [*PAGES, ROOT / PUBLISHED]:
         target = tmp_path / page.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(page, target)
@@ -109,6 +110,51 @@ def test_an_unknown_block_says_what_there_is(copied: Path) -> None:
     (copied / "docs" / "codecs.md").write_text("<!-- generated: codec -->\n<!-- /generated -->\n")
     with pytest.raises(InputError, match='Did you mean "codecs"'):
         outdated(copied)
+
+
+PAPER = """
+[paper]
+source = "somebody"
+columns = [
+    { head = "theirs", theirs = "perplexity", form = ".2f" },
+    { head = "bits", record = "results/tiny.json", ours = "held_bits", form = ".2f" },
+    { head = "ratio", record = "results/tiny.json", ours = "perplexity_ratio", form = ".3f" },
+    { head = "KL", record = "results/tiny.json", ours = "logits.4096.kl_mean", times = 1000, form = ".1f" },
+]
+rows = [
+    { name = "FP16", spec = "dense", perplexity = 4.73 },
+    { name = "theirs alone", perplexity = 7.0 },
+    { name = "ours", spec = "rotated:bits=3" },
+]
+"""
+
+
+def test_published_numbers_stand_beside_ours(tmp_path: Path, record: dict[str, Any]) -> None:
+    for folder in ("runs", "results", "docs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "runs/published.toml").write_text(PAPER)
+    page = tmp_path / "docs/page.md"
+    page.write_text("<!-- generated: runs/published.toml#paper -->\n<!-- /generated -->\n")
+    assert update(False, tmp_path) == 0
+    assert "| ours | rotated:bits=3 | - | - | - | - |" in page.read_text(), "before it is measured"
+    (tmp_path / "results/tiny.json").write_text(json.dumps(record))
+    assert update(True, tmp_path) == 1 and update(False, tmp_path) == 0
+    text = page.read_text()
+    assert "| FP16 | dense | 4.73 | 16.00 | 1.000 | 0.0 (0.0 to 0.0) |" in text
+    assert "| theirs alone | - | 7.00 | - | - | - |" in text
+    # 230 of 1,000 bytes are 3.68 of 16 bits; a loss that is .013 higher is a perplexity 1.013 times as high.
+    assert "| ours | rotated:bits=3 | - | 3.68 | 1.013 | 13.0 (11.7 to 14.3) |" in text and "Theirs: somebody." in text
+    for wrong, said in (
+        (PAPER.replace("[paper]", "[article]"), 'no table "paper". Allowed: article'),
+        (
+            PAPER.replace("rotated:bits=3", "rotated:bits=2"),
+            'no row "rotated:bits=2". Did you mean "rotated:bits=3"',
+        ),
+        (PAPER.replace("4096.kl_mean", "4096.kl"), "has no logits.4096.kl of rotated:bits=3"),
+    ):
+        (tmp_path / "runs/published.toml").write_text(wrong)
+        with pytest.raises(InputError, match=said):
+            update(True, tmp_path)
 
 
 @pytest.mark.parametrize(

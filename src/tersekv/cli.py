@@ -201,7 +201,7 @@ def eval_(
 
 
 @app.command
-def report(*records: Path, out: Path = Path("report"), check: bool = False) -> None:
+def report(*records: Path, out: Path = Path("report"), reference: str | None = None, check: bool = False) -> None:
     """Records as tables, pictures and one HTML page; without records, the generated parts of this project's pages.
 
     Parameters
@@ -210,6 +210,8 @@ def report(*records: Path, out: Path = Path("report"), check: bool = False) -> N
         JSON files that `tersekv eval --out` wrote.
     out
         The folder to write index.html and the pictures to.
+    reference
+        A spec of the records: also show what all others differ from it by, paired by sample. Default: the run file's.
     check
         Write nothing: name the generated parts of README and docs that are stale, and exit with status 1 if there
         are any.
@@ -225,7 +227,7 @@ def report(*records: Path, out: Path = Path("report"), check: bool = False) -> N
 
     if check:
         raise InputError("--check looks at README and docs, whose records lie in results/. Give no records with it.")
-    found = [read(path) for path in records]
+    found = [read(path) | ({"reference": reference} if reference else {}) for path in records]
     write_report(found, out)
     show(Results(found), False)
     Console(stderr=True).print(f"written: {out / 'index.html'}")

@@ -3,7 +3,8 @@
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
-(`results/methods.json#kivi`), or a table of the registry: codecs, presets, bytes.
+(`results/methods.json#kivi`), differences from a row (`results/presets-smollm2.json#against=kivi:bits=4`), a
+published table beside ours (`runs/published.toml#antkv`), or a table of the registry: codecs, presets, bytes.
 """
 
 import json
@@ -21,7 +22,9 @@ from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, SpecError, did_you_mean
 from tersekv.reports.captions import caption
+from tersekv.reports.differences import against
 from tersekv.reports.figures import is_fresh, svg
+from tersekv.reports.replications import PUBLISHED, replication
 from tersekv.reports.tables import methods
 from tersekv.reports.tables import tables as quality_tables
 from tersekv.spec import codecs, parse
@@ -97,6 +100,9 @@ def content(source: str, root: Path) -> str:
     if source in tables:
         return markdown(tables[source]())
     name, _, part = source.partition("#")
+    if name == PUBLISHED:
+        table, said = replication(root, part)
+        return f"{markdown(table)}\n\nTheirs: {said}."
     if not name.startswith("results/"):
         raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
     if not (root / name).is_file():
@@ -104,6 +110,8 @@ def content(source: str, root: Path) -> str:
     record = json.loads((root / name).read_text())
     if part == "caption":
         return caption(record)
+    if part.startswith("against="):
+        return markdown(against(record, part.removeprefix("against=")))
     parts = _parts(record)
     if part not in parts:
         raise InputError(f'{name} has no table "{part}". {did_you_mean(part, [*parts, "caption"])}')

@@ -49,8 +49,11 @@ class Store:
     def at(self, state: State) -> "Store":
         """Another store like this one, in a state that it was in."""
         other = copy(self)
-        other.state = state
+        other.state, other.like = state, self._like(len(state[0].seen))
         return other
+
+    def _like(self, b: int) -> Float[Tensor, "b h 0 d"]:
+        return self.like.new_empty((b, *self.like.shape[1:]))
 
     @property
     def tiers(self) -> Tiers:
@@ -229,3 +232,4 @@ class Store:
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Sequences `rows`, in that order; a sequence may repeat."""
         self.tiers, self.steady = self.tiers.select(rows), False
+        self.like = self._like(len(rows))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersekv.errors import InputError
 from tersekv.hf.capture import Seen
+from tersekv.ops import attend_causal
 from tersekv.spec import Spec
 from tersekv.store import Store
 
@@ -72,7 +73,7 @@ def fidelity(seen: Seen, spec: Spec) -> dict[str, Found]:
             logits.append(_logit_errors(store, seen, start, stop))
         out = store.extend(q, k, v, None, seen.scale)
         outputs += [out[0]] if sees_packed else []
-    found = _stored(store, seen)
+    found = _stored(store, seen) | _by_own_keys(store, seen)
     if outputs:
         positions = torch.arange(first, n)
         found |= _outputs(seen.exact[0, :, first:], torch.cat(outputs, 1), positions)
@@ -108,6 +109,20 @@ def _stored(store: Store, seen: Seen) -> dict[str, Found]:
         found[f"{side}_error"] = _found(relative_error(true, got), positions)
         found[f"{side}_cosine"] = _found(cosine(true, got), positions)
     return found
+
+
+def _by_own_keys(store: Store, seen: Seen) -> dict[str, Found]:
+    """The metric of nd-kv-quant: cosine of attention whose queries are the keys, stored keys those of stored ones.
+
+    Of the whole sequence at its end, where a cache still holds every token. A key is nearest to itself, so this sees
+    less than the model's queries do.
+    """
+    held, (n, d) = store.decoded(), seen.k.shape[2:]
+    if (held.lengths < n).any():
+        return {}
+    start, scale = torch.zeros(1, dtype=torch.int64), d**-0.5
+    exact, got = (attend_causal(k, k, v, start, scale)[0][0] for k, v in ((seen.k, seen.v), (held.k, held.v)))
+    return {"self_cosine": _found(cosine(exact, got), torch.arange(n))}
 
 
 def _outputs(exact: Queries, got: Queries, positions: Tensor) -> dict[str, Found]:

@@ -56,5 +56,6 @@ class Growth(Depth):
             **mean_and_interval("kl_mean", [float(np.mean(x["kl"])) for x in mine], seed),
             **mean_and_interval("same_tokens", [x["same_tokens"] for x in mine], seed),
             "top1": float(np.mean([x["top1"] for x in mine])),
+            "kl_by_text": [digits(float(np.mean(x["kl"]))) for x in mine],
             "kl_by_part": [digits(float(np.mean(np.concatenate(part)))) for part in parts],
         }

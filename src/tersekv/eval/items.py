@@ -21,6 +21,10 @@ def load_task(name: str, shots: int, data: Path | None) -> tuple[Any, dict[str, 
     if entry is None or entry.yaml_path is None or "dataset_path" not in cfg:
         raise InputError(f'lm-eval has no task of one file named "{name}". {did_you_mean(name, manager.all_subtasks)}')
     config: dict[str, Any] = {"include": str(entry.yaml_path), "task": name, "num_fewshot": shots}
+    if shots:
+        # lm-eval draws them anew for each item, from a generator that goes on from item to item: after a kill they
+        # would be others. The same ones for all items are also read once for all of them.
+        config["fewshot_config"] = (cfg.get("fewshot_config") or {}) | {"sampler": "first_n"}
     about: dict[str, Any] = {"hub": cfg["dataset_path"], "config": cfg.get("dataset_name")}
     if data is not None:
         local, about = _local(name, cfg, shots, data)

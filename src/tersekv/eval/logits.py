@@ -61,10 +61,6 @@ class Arm:
     divergence: Divergence = field(default_factory=Divergence)
     seconds: float = 0.0
 
-    def pass_limit(self) -> int | None:
-        """Tokens that the next pass may have; None: any. See `PackedCache.pass_limit`."""
-        return self.cache.pass_limit() if isinstance(self.cache, PackedCache) else None
-
     def bytes(self) -> dict[str, Any]:
         report = cache_report("dense", self.cache.layers)
         return report.totals()
@@ -106,17 +102,26 @@ def _chunks(t: int, chunk: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + chunk, t)
 
 
-@torch.inference_mode()
-def forward(model: PreTrainedModel, ids: Tensor, arm: Arm) -> Float[Tensor, "n vocab"]:
-    """In one pass, or in as many as let each token see what decoding would show it."""
-    began, parts, start = perf_counter(), [], 0
-    with attached(model) if arm.spec else nullcontext():
-        while start < ids.shape[1]:
-            stop = start + (arm.pass_limit() or ids.shape[1])
-            parts.append(model(input_ids=ids[:, start:stop], past_key_values=arm.cache).logits[0])
-            start = stop
-    logits = torch.cat(parts)
+def forward(model: PreTrainedModel, ids: Int[Tensor, "1 n"], arm: Arm) -> Float[Tensor, "n vocab"]:
+    """The logits of all positions; adds to the arm's seconds."""
+    began = perf_counter()
+    logits = read(model, ids, arm.cache)[0]
     if logits.is_cuda:
         torch.cuda.synchronize()
     arm.seconds += perf_counter() - began
     return logits
+
+
+@torch.inference_mode()
+def read(model: PreTrainedModel, ids: Int[Tensor, "b n"], into: Cache, keep: int = 0) -> Float[Tensor, "b kept vocab"]:
+    """In one pass, or in as many as let each token see what decoding would show it.
+
+    Logits of all positions, or of the last `keep` of each pass.
+    """
+    parts, start = [], 0
+    with attached(model) if isinstance(into, PackedCache) else nullcontext():
+        while start < ids.shape[1]:
+            stop = start + ((into.pass_limit() if isinstance(into, PackedCache) else None) or ids.shape[1])
+            parts.append(model(input_ids=ids[:, start:stop], past_key_values=into, logits_to_keep=keep).logits)
+            start = stop
+    return torch.cat(parts, 1)

@@ -63,6 +63,7 @@ class Needle(Depth):
         return {
             "items": len(samples),
             "hits": float(np.mean([values["hit"] for values in samples.values()])),
+            "hit_by_item": [values["hit"] for values in samples.values()],
             **mean_and_interval("difference", lost, seed),
             **mean_and_interval("log_probability_difference", score, seed),
             "cells": {cell: float(np.mean(hits)) for cell, hits in cells.items()},

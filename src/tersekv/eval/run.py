@@ -60,7 +60,8 @@ def make_record(
         }
         for spec, about in bits.items()
     ]
-    return directory.manifest | {"rows": rows}
+    reference = {"reference": settings.reference} if settings.reference else {}
+    return directory.manifest | reference | {"rows": rows}
 
 
 def _subject(settings: RunFile, model: str, stages: Stages) -> Subject:

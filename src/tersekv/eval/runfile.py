@@ -22,14 +22,21 @@ DEPTHS = {
 }
 
 
+LOCAL = ("text", "data", "reference", "depths")  # what a manifest has otherwise, or not
+
+
 @dataclass(frozen=True)
 class RunFile:
-    """`models` is what --model takes, one or several; `text` a UTF-8 file; `data` a folder with the tasks' items."""
+    """`models` is what --model takes, one or several; `text` a UTF-8 file; `data` a folder with the tasks' items.
+
+    `reference`: the spec that reports show the others' differences from. It changes no sample, so no manifest has it.
+    """
 
     models: list[str]
     specs: list[str]
     text: str | None = None
     data: str | None = None
+    reference: str | None = None
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -37,7 +44,7 @@ class RunFile:
 
     def settings(self) -> dict[str, Any]:
         """What a manifest says of it: depths with all their fields, and no paths of this machine."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("text", "data", "depths")}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL}
         return plain | {name: asdict(depth) for name, depth in self.depths.items()}  # pyright: ignore[reportArgumentType]
 
 
@@ -54,6 +61,10 @@ def read_run(path: str | Path, **overrides: Any) -> RunFile:
     run = _filled(RunFile, given | {"depths": depths}, f"{path}", {*DEPTHS, "model"})
     if not depths:
         raise InputError(f"{path} measures nothing. Add a section: {', '.join(f'[{name}]' for name in DEPTHS)}.")
+    if run.reference is not None and run.reference not in run.specs:
+        raise InputError(
+            f'{path}: reference = "{run.reference}" is none of specs. {did_you_mean(run.reference, run.specs)}'
+        )
     return run
 
 

@@ -28,6 +28,11 @@ def mean_and_interval(name: str, values: Sequence[float | int], seed: int = 0) -
     return {name: float(np.mean(values)), f"{name}_interval": None if found is None else list(found)}
 
 
+def difference(mine: Sequence[float | int], other: Sequence[float | int], seed: int = 0) -> dict[str, Any]:
+    """Of samples in the same order: {difference: mean, difference_interval}. Raises ValueError for other lengths."""
+    return mean_and_interval("difference", [x - y for x, y in zip(mine, other, strict=True)], seed)
+
+
 def digits(value: float, count: int = 4) -> float:
     """Rounded to significant digits, so that a line of a thousand numbers stays readable."""
     return float(f"{value:.{count}g}")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tersekv.eval.items import load_task
-from tersekv.eval.statistics import mean_and_interval
+from tersekv.eval.statistics import digits, mean_and_interval
 from tersekv.eval.subject import Depth, Progress, Subject, Values
 from tersekv.hf.cost import head_dim
 from tersekv.spec import Spec
@@ -77,6 +77,7 @@ class Tasks(Depth):
                     | mean_and_interval(
                         "difference", [x[metric] - dense[item][metric] for item, x in mine.items()], seed
                     )
+                    | {"score_by_item": [digits(x[metric]) for x in mine.values()]}
                     for metric in first
                     if metric not in ("version", "saw_packed")
                 },

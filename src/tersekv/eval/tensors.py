@@ -49,20 +49,26 @@ def _over_layers(results: list[tuple[int, dict[str, Found]]]) -> Values:
 
 
 def _one_metric(name: str, layers: list[tuple[int, Found]]) -> dict[str, Any]:
-    """Mean, tail and worst over all tokens, heads and layers; `tail` is the 5 % that a mean hides."""
+    """Mean, tail and worst over all tokens, heads and layers; `tail` is the 5 % that a mean hides.
+
+    `worst_head` is the mean of the head that is worst on average, `head_tail` that of the 5 % of heads.
+    """
     sign = -1 if name in COSINES else 1
     values = np.stack([found.values for _, found in layers])
+    by_head = values.mean(-1)
     worst = np.unravel_index(np.argmax(sign * values), values.shape)
     layer, head = int(worst[0]), int(worst[1])
     token = int(layers[layer][1].positions[head, worst[2]])
     number = {
         "mean": digits(values.mean()),
+        "head_tail": digits(np.quantile(by_head, 0.05 if sign < 0 else 0.95)),
+        "worst_head": digits(sign * np.max(sign * by_head)),
         "tail": digits(np.quantile(values, 0.05 if sign < 0 else 0.95)),
         "worst": digits(values[worst]),
         "where": {"layer": layers[layer][0], "head": head, "token": token},
     }
     if name in HEAT_MAPS:
-        number["by_head"] = [[digits(x, 3) for x in row] for row in values.mean(-1)]
+        number["by_head"] = [[digits(x, 3) for x in row] for row in by_head]
         number["layers"] = [index for index, _ in layers]
     return number
 
@@ -72,7 +78,7 @@ def _over_windows(name: str, samples: dict[str, Values], seed: int) -> dict[str,
     pick = min if name in COSINES else max
     item = pick(found, key=lambda item: found[item]["worst"])
     number = mean_and_interval("mean", [x["mean"] for x in found.values()], seed)
-    number["tail"] = float(np.mean([x["tail"] for x in found.values()]))
+    number |= {key: float(np.mean([x[key] for x in found.values()])) for key in ("tail", "head_tail", "worst_head")}
     number |= {"worst": found[item]["worst"], "where": {"window": item} | found[item]["where"]}
     if name in HEAT_MAPS:
         mean = np.mean([x["by_head"] for x in found.values()], axis=0)

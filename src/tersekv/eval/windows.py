@@ -82,6 +82,7 @@ def _one_length(mine: list[Values], dense: list[Values], seed: int) -> dict[str,
         # In nats, paired by window; its exponential is the ratio of the perplexities.
         **mean_and_interval("loss_difference", losses, seed),
         "kl_by_window": [digits(x) for x in by_window],
+        "loss_by_window": [digits(x["loss"], 7) for x in mine],
         "kl_by_part": [digits(float(np.mean(np.concatenate(part)))) for part in parts],
         # Of one window: all windows of a length hold the same.
         **{name: mine[0][name] for name in ("held", "dense", "dense16", "ratio", "ratio16", "planes", "attention")},

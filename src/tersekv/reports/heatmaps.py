@@ -55,7 +55,8 @@ def draw_growth(axes: Any, record: Record, section: str) -> None:
     where = "windows of the text" if section == "logits" else "text that the dense cache generated"
     axes.set(yscale="log", xlabel=f"eighth of the {where}", ylabel="mean KL to the dense cache, nats")
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(frameon=False, fontsize=8)
+    # Below the axes: inside, many lines leave it no room.
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def size(count: int) -> tuple[float, float]:

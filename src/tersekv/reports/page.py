@@ -22,13 +22,14 @@ from tersekv.reports.tables import Record, tables
 TITLES = {
     "quality": "Quality and bytes",
     "windows": "By window length, with intervals",
-    "errors": "Errors on the model's own tensors: mean, the 5 % tail, the worst",
+    "errors": "Errors on the model's own tensors: mean, the 5 % tail, the worst head, the worst token",
     "cosines": "Cosines of the same",
     "growth": "Along a generated text",
     "needle": "Needle in a haystack",
     "tasks": "Tasks",
     "speed": "Speed and memory",
     "memory": "Bytes held by tier and plane",
+    "against": "Differences from the reference, paired by sample",
 }
 
 

@@ -11,6 +11,8 @@ from rich.table import Column, Table
 from tersekv.eval.metrics import COSINES, ERRORS
 from tersekv.record import headline
 from tersekv.reports.captions import caption
+from tersekv.reports.cells import number_and_interval
+from tersekv.reports.differences import against
 from tersekv.terminal import bytes_text
 
 Record = dict[str, Any]
@@ -91,18 +93,18 @@ def _place(row: dict[str, Any]) -> str:
 
 
 def _fidelity(record: Record, metrics: tuple[str, ...], place: str | None = None) -> Table:
-    """Mean, the tail that 5 % of tokens are beyond, and the worst over tokens, heads and layers."""
-    heads = [f"{name.replace('_', ' ')}: mean, 5 %, worst" for name in metrics]
+    """Mean, the tail that 5 % of tokens are beyond, the mean of the worst head, and the worst token."""
+    heads = [f"{name.replace('_', ' ')}: mean, 5 %, worst head, worst" for name in metrics]
     table = _table("spec", *heads, *([place] if place else []))
     for row in record["rows"]:
         found = (row["tensors"].get(name) for name in metrics)
-        cells = ["-" if x is None else _three(x) for x in found]
+        cells = ["-" if x is None else _four(x) for x in found]
         table.add_row(row["spec"], *cells, *([_place(row)] if place else []))
     return table
 
 
-def _three(x: dict[str, float]) -> str:
-    return ", ".join(f"{x[key]:.3g}" for key in ("mean", "tail", "worst"))
+def _four(x: dict[str, float]) -> str:
+    return ", ".join(f"{x[key]:.3g}" for key in ("mean", "tail", "worst_head", "worst"))
 
 
 def growth(record: Record) -> Table:
@@ -166,15 +168,6 @@ def memory(record: Record) -> Table:
     return table
 
 
-def number_and_interval(x: dict[str, Any], name: str, form: str, times: float | int = 1, unit: str = "") -> str:
-    """`.0130 (.0121-.0140)`: a mean and its interval, or the mean alone where one sample allows no interval."""
-    if name not in x:
-        return "-"
-    text = f"{times * x[name]:{form}}{unit}"
-    found = x.get(f"{name}_interval")
-    return text if not found else f"{text} ({times * found[0]:{form}} to {times * found[1]:{form}})"
-
-
 # Name: the section of a row that it shows, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Record], Table]]] = {
     "quality": ("logits", quality),
@@ -191,7 +184,12 @@ TABLES: dict[str, tuple[str, Callable[[Record], Table]]] = {
 
 def tables(record: Record) -> dict[str, Table]:
     """Every table that the record has numbers for."""
-    return {name: make(record) for name, (section, make) in TABLES.items() if section in record["rows"][0]}
+    found = {name: make(record) for name, (section, make) in TABLES.items() if section in record["rows"][0]}
+    if "reference" in record:
+        found["against"] = against(record, record["reference"])
+    if "memory" in found:
+        found["memory"] = found.pop("memory")  # the longest, so the last
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,12 @@
+"""Numbers as tables show them."""
+
+from typing import Any
+
+
+def number_and_interval(x: dict[str, Any], name: str, form: str, times: float | int = 1, unit: str = "") -> str:
+    """`.0130 (.0121-.0140)`: a mean and its interval, or the mean alone where one sample allows no interval."""
+    if name not in x:
+        return "-"
+    text = f"{times * x[name]:{form}}{unit}"
+    found = x.get(f"{name}_interval")
+    return text if not found else f"{text} ({times * found[0]:{form}} to {times * found[1]:{form}})"
