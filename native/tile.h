@@ -92,8 +92,9 @@ struct Ahead {
   }
 };
 
-// dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly.
-template <int BITS, int R>
+// dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly. EACH: the queries of 16 tokens are followed by those of
+// the next 16.
+template <int BITS, int R, bool EACH = false>
 void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* q, float* dots) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
@@ -105,8 +106,10 @@ void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d,
         Bytes level[4];
         for (int tile = 0; tile < 4; tile++) level[tile] = look_up(unit, 4 * half + tile);
         for (int r = 0; r < R; r++) {
-          const int32_t queries = four(q + r * d + 8 * u + 4 * half);
-          for (int tile = 0; tile < 4; tile++) sum[tile][r] = Isa::dot(sum[tile][r], level[tile], queries);
+          const int8_t* row = q + r * d + 8 * u + 4 * half;
+          const int32_t queries = four(row);
+          for (int tile = 0; tile < 4; tile++)
+            sum[tile][r] = Isa::dot(sum[tile][r], level[tile], EACH ? four(row + tile * R * d) : queries);
         }
       }
     }
@@ -153,7 +156,7 @@ void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, c
 }
 
 // The same two in fp32: q and w are floats, and a code stands for its table entry.
-template <int BITS, int R>
+template <int BITS, int R, bool EACH = false>
 void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* q, float* dots) {
   const Isa::Table<BITS> table(entries);
   for (int part = 0; part < PARTS; part++) {
@@ -164,7 +167,7 @@ void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d,
       for (int i = 0; i < 8; i++)
         for (int tile = 0; tile < 4; tile++) {
           const Floats value = table((Ints)unit.field(4 * (i / 4) + tile) >> 8 * (i % 4));
-          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i]);
+          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i + (EACH ? tile * R * d : 0)]);
         }
     }
     for (int r = 0; r < R; r++)
