@@ -41,8 +41,8 @@ std::string shape(const Array& x) {
 }
 
 Side* new_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
-               const std::vector<float>& table, float half) {
-  return new Side(make_side(bits, d, start, bytes, codes, planes, table, half));
+               const std::vector<float>& table, float half, bool channels_first) {
+  return new Side(make_side(bits, d, start, bytes, codes, planes, table, half, channels_first));
 }
 
 // A part, and the arrays that it points into.
@@ -284,7 +284,7 @@ void merge_parts(const std::vector<Floats4>& outs, const std::vector<Lse>& lses)
 
 void bind_attention(nb::module_& m) {
   nb::class_<Side>(m, "Side").def(nb::new_(&new_side), "bits"_a, "d"_a, "start"_a, "bytes"_a,
-                              "codes"_a, "planes"_a, "table"_a, "half"_a);
+                              "codes"_a, "planes"_a, "table"_a, "half"_a, "channels_first"_a);
   nb::class_<HeldPart>(m, "Part");
   m.def("pages_part", &pages_part, "pool"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "k"_a, "v"_a,
         "k_signs"_a.noconvert().none(), "v_signs"_a.noconvert().none(), nb::rv_policy::take_ownership);

@@ -21,6 +21,22 @@ struct alignas(64) Queries {
   const float* folded;                    // `scaled` or `by_channel`
 };
 
+// What sides need whose numbers are in groups. See groups.h.
+constexpr int TOKEN_GROUPS = BLOCK / 16, CHANNEL_GROUPS = MAX_HEAD_DIM / 16;
+struct alignas(64) Groups {
+  float folded[TOKEN_GROUPS * ROWS * MAX_HEAD_DIM];  // the queries of each group, as `Queries` has them of all
+  int8_t int8[TOKEN_GROUPS * ROWS * MAX_HEAD_DIM];
+  float gain[CHANNEL_GROUPS][ROWS], shift[CHANNEL_GROUPS][ROWS], total[CHANNEL_GROUPS][ROWS];
+  float k_scale[CHANNEL_GROUPS * BLOCK], k_zero[CHANNEL_GROUPS * BLOCK];  // of each group and token
+  float v_scale[CHANNEL_GROUPS * BLOCK], v_zero[CHANNEL_GROUPS * BLOCK];
+  float k_channel_scale[TOKEN_GROUPS * MAX_HEAD_DIM], k_channel_zero[TOKEN_GROUPS * MAX_HEAD_DIM];
+  float v_channel_scale[TOKEN_GROUPS * MAX_HEAD_DIM], v_channel_zero[TOKEN_GROUPS * MAX_HEAD_DIM];
+  float row_major[CHANNEL_GROUPS * BLOCK];
+  float weights[STRIP * BLOCK];  // of a strip for one group of values
+  int8_t int8_weights[STRIP * BLOCK];
+  float weight_gain[STRIP], low[STRIP], mass[STRIP];
+};
+
 // The running softmax of a job's rows, in lanes that are added up at the end.
 struct alignas(64) Sums {
   float mass[ROWS * LANES];    // of exponentials
@@ -60,6 +76,7 @@ struct Scratch {
   Block block[TILE];
   Strip strip[STRIPS];
   Products products;
+  Groups groups;
   const float* log8;  // what the 256 codes of a logarithmic scale stand for
 };
 

@@ -26,12 +26,21 @@ struct Side {
   Plane values;                  // dense only
   Plane scale, zero;             // one number for each token
   Plane channel_scale, channel_zero;  // one number for each channel
+  int tokens_each = BLOCK;       // that share the numbers of a channel; if fewer, its planes have a row for each group
+  int channels_each = 0;         // that share the numbers of a token; if fewer than `d`, its planes have a column for each group
+  bool channels_first = false;   // (table * channel scale + channel zero) * scale, not (table * scale + zero) * channel scale ...
   bool trellis = false;          // the table is looked up by the last 8 bits of a token's codes, not by one of them
   float table[256] = {};         // what a code stands for
   float step = 0, low = 0;       // table[i] is near low + step * levels[i]
+  // What roundings are measured from: half of an asymmetric grid's range.
+  float middle() const { return low + 63.5f * step; }
   // Of a trellis the first 128 entries, exactly; the others are 127 less those. Otherwise the table on 0..127, by indices
   // of 6 bits in which a code may lie at several places: see `code_at`.
   uint8_t levels[4][64] = {};
+
+  bool in_token_groups() const { return tokens_each < BLOCK; }
+  bool in_channel_groups() const { return channels_each < d; }
+  bool in_groups() const { return in_token_groups() || in_channel_groups(); }
 };
 
 // Which code the index of a look-up names, in table `which`: bits 0.., 4 / bits places further up in each next table.

@@ -2,7 +2,7 @@
 #pragma once
 #include <optional>
 
-#include "variants.h"
+#include "groups.h"
 
 namespace tersekv::TERSEKV_ISA {
 
@@ -10,10 +10,11 @@ class Run {
  public:
   Run(const Job& job, Scratch& scratch, Partial out)
       : job_(job), q_(scratch.q), sums_(scratch.sums), blocks_(scratch.block), strips_(scratch.strip),
-        products_(scratch.products), log8_(scratch.log8), out_(out), d_(job.d),
+        products_(scratch.products), groups_(job, scratch), log8_(scratch.log8), out_(out), d_(job.d),
         k_int8_(!job.exact && job.k->bits && job.k->bits < 8),
         v_int8_(!job.exact && job.v->bits && job.v->bits < 8),
-        shared_(job.rows > 2 * Isa::STRIP), group_(shared_ && Isa::MATRIX ? STRIPS * STRIP : Isa::STRIP) {
+        shared_(job.rows > 2 * Isa::STRIP),
+        group_(shared_ && Isa::MATRIX && !groups_.any() ? STRIPS * STRIP : Isa::STRIP) {
     if (group_ > Isa::STRIP) matrix_.emplace(least(job.rows, group_), job.d);
   }
 
@@ -34,6 +35,7 @@ class Run {
   Block* blocks_;
   Strip* strips_;
   Products& products_;
+  InGroups groups_;
   const float* log8_;
   Partial out_;
   const int d_;
@@ -41,6 +43,7 @@ class Run {
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
   const int group_;    // query rows that share a pass over a block: a strip, or more where matrices are multiplied
   std::optional<Isa::Matrix> matrix_;
+  static constexpr Side NOTHING = {};  // of which no plane is read
 
   void begin() {
     for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
@@ -61,6 +64,7 @@ class Run {
       Isa::store(q_.scaled + i, Isa::load<Floats>(job_.q + i) * scale);
     for (; i < job_.rows * d_; i++) q_.scaled[i] = job_.q[i] * scale[0];
     if (!job_.k->channel_scale) prepare(q_.scaled);
+    groups_.begin(q_.scaled);
   }
 
   void end() {
@@ -75,36 +79,16 @@ class Run {
   void prepare(const float* folded) {
     q_.folded = folded;
     for (int r = 0; r < job_.rows; r++) {
-      const float* row = folded + r * d_;
-      Floats total = {}, largest[4] = {};
-      int c = 0;
-      for (; c + Isa::LANES <= d_; c += Isa::LANES) {
-        const Floats x = Isa::load<Floats>(row + c);
-        total += x, largest[0] = Isa::max(largest[0], Isa::abs(x));
-      }
-      q_.total[r] = Isa::sum(total), q_.gain[r] = 1, q_.shift[r] = 0;
-      for (; c < d_; c++) q_.total[r] += row[c];  // a dense head dim, whose sides have no codes
-      if (k_int8_) quantise(r, row, Isa::highest(largest)[0]);
+      const Prepared row = prepared(folded + r * d_, d_, *job_.k, k_int8_ ? q_.int8 + r * d_ : nullptr);
+      q_.total[r] = row.total, q_.gain[r] = row.gain, q_.shift[r] = row.shift;
     }
   }
 
-  void quantise(int r, const float* row, float largest) {
-    const Floats inverse = Isa::all(largest > TINY ? 127 / largest : 0);
-    Floats total = {};
-    for (int c = 0; c < d_; c += Isa::LANES) {
-      const Floats x = Isa::rounded(Isa::load<Floats>(row + c) * inverse);
-      total += x - 12582912.f;
-      Isa::store_int8(q_.int8 + r * d_ + c, x);
-    }
-    const float step = largest / 127;
-    q_.gain[r] = step * job_.k->step;
-    q_.shift[r] = step * job_.k->low * Isa::sum(total);
-  }
-
-  // One step of the running softmax. Keys with channel scales change the query from block to block, and levels of many
-  // blocks would not stay in the first-level cache, so such tiles are of one block; products of matrices want more.
+  // One step of the running softmax. Numbers in groups are those of one block. Keys with channel scales change the query
+  // from block to block, and levels of many blocks would not stay in the first-level cache, so such tiles are of one
+  // block; products of matrices want more.
   void attend_tile(int64_t first, int count) {
-    const int step = (shared_ && !matrix_) || job_.k->channel_scale ? 1 : count;
+    const int step = (shared_ && !matrix_) || job_.k->channel_scale || groups_.any() ? 1 : count;
     for (int64_t b = first; b < first + count; b += step) {
       bool whole = !job_.tokens.causal;
       for (int i = 0; i < step; i++) {
@@ -124,8 +108,9 @@ class Run {
   void soften(int step, int64_t b, int r, int rows, bool whole, Strip& strip) {
     Ahead later[TILE];
     for (int i = 0; i < step; i++) later[i] = ahead(blocks_[i], 1, r, Isa::STRIP);
-    const bool zero = job_.k->zero || job_.v->zero;
-    SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip, r, later, whole, out_.max, b * BLOCK, v_int8_);
+    const bool zero = (job_.k->zero && !groups_.keys()) || (job_.v->zero && !groups_.values());
+    SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip, r, later, whole, out_.max, b * BLOCK,
+                            v_int8_ && !groups_.values());
   }
 
   void find(Block& block, int64_t index) {
@@ -163,7 +148,8 @@ class Run {
   }
 
   void read_planes(Block& block) {
-    const Side &ks = *job_.k, &vs = *job_.v;
+    const Side &ks = groups_.keys() ? NOTHING : *job_.k, &vs = groups_.values() ? NOTHING : *job_.v;
+    if (groups_.any()) groups_.read(block, q_.scaled, log8_);
     read_plane(block.k, ks.scale, BLOCK, log8_, 1, block.k_scale);
     read_plane(block.v, vs.scale, BLOCK, log8_, 1, block.v_scale);
     if (ks.zero || vs.zero) {
@@ -184,6 +170,10 @@ class Run {
     }
     std::memcpy(block.q_gain, q_.gain, sizeof(float) * job_.rows);
     std::memcpy(block.q_shift, q_.shift, sizeof(float) * job_.rows);
+    if (ks.channels_first)
+      for (int r = 0; r < job_.rows; r++) block.q_shift[r] += block.bias[r], block.bias[r] = 0;
+    if (groups_.keys())
+      for (int r = 0; r < job_.rows; r++) block.q_gain[r] = 1, block.q_shift[r] = q_.total[r] = 0;
     if (vs.channel_scale || vs.channel_zero) {
       read_plane(block.v, vs.channel_scale, d_, log8_, 1, block.v_channel_scale);
       read_plane(block.v, vs.channel_zero, d_, log8_, 0, block.v_channel_zero);
@@ -197,6 +187,12 @@ class Run {
       for (int i = 0; i < 4; i++)
         sum[i] += Isa::load<Floats>(q_.scaled + (r + i) * d_ + c) * Isa::load<Floats>(block.channel + c);
     Isa::store(block.bias + r, Isa::sums(sum));
+  }
+
+  static float sum_of(const float* weights) {
+    Floats sum = {};
+    for (int j = 0; j < BLOCK; j += Isa::LANES) sum += Isa::load<Floats>(weights + j);
+    return Isa::sum(sum);
   }
 
   int64_t dense_stride(const Side& side, int64_t stride) const {
@@ -228,6 +224,7 @@ class Run {
     const Side& s = *job_.k;
     const uint8_t* codes = levels ? levels : block.k + s.codes;
     const int width = of_bits(levels ? LOOKED_UP : s.bits);
+    if (groups_.keys()) return groups_.score(codes, width, ahead, r, rows, scores);
     const float* q = q_.folded + r * d_;
     if (!s.bits) {
       const uint8_t* keys = block.k + s.values.offset;
@@ -256,6 +253,7 @@ class Run {
     const float *gain = strip.gain[i], *weights = strip.weights[i];
     const uint8_t* codes = levels ? levels : block.v + s.codes;
     const int width = of_bits(levels ? LOOKED_UP : s.bits);
+    if (groups_.values()) return groups_.mix(codes, width, ahead, strip, rows, out_.out + r * d_);
     if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
@@ -267,6 +265,8 @@ class Run {
     } else {
       MIX_EXACT[width][rows - 1](s.table, codes, ahead, d_, weights, fade, gain, out);
     }
+    if (s.channels_first)
+      for (int j = 0; j < rows; j++) strip.mass[i][j] = sum_of(weights + BLOCK * j);
     if (by_channel) add_by_channel(block, strip, i, later, r, rows);
   }
 

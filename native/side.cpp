@@ -18,8 +18,27 @@ Kind kind_of(const std::string& name) {
 
 int width(Kind kind) { return kind == Kind::fp32 ? 4 : kind == Kind::fp16 || kind == Kind::bf16 ? 2 : 1; }
 
+void set_groups(Side& side, bool of_tokens, int groups) {
+  const int whole = of_tokens ? BLOCK : side.d, each = whole / groups;
+  require(whole % groups == 0 && each % 16 == 0, groups, " groups of ", whole, of_tokens ? " tokens" : " channels",
+          ". Allowed: groups of 16 or a multiple.");
+  (of_tokens ? side.tokens_each : side.channels_each) = each;
+}
+
+// What the kernels have no form for; both planes of a kind must be in the same groups.
+void check_groups(const Side& s, const std::vector<PlaneArgs>& planes) {
+  const bool of_token = s.scale || s.zero, of_channel = s.channel_scale || s.channel_zero;
+  require(!s.in_groups() || !(of_token && of_channel), "Numbers in groups beside others: tokens may have them, or channels, not both.");
+  require(!s.in_groups() || (s.bits && !s.trellis), "Numbers in groups are for codes of a grid.");
+  require(!s.channels_first || !(s.zero || s.in_groups()), "Channels first: no zeros of tokens and no groups.");
+  for (const auto& [name, kind, offset, step, groups] : planes) {
+    const int right = name.substr(0, 7) == "channel" ? BLOCK / s.tokens_each : name == "values" ? 1 : s.d / s.channels_each;
+    require(groups == right, "Plane ", name, " in ", groups, " groups. Allowed: ", right, ", as the other plane.");
+  }
+}
+
 void set_plane(Side& side, const PlaneArgs& args) {
-  const auto& [name, kind, offset, step] = args;
+  const auto& [name, kind, offset, step, groups] = args;
   const Plane plane{kind_of(kind), offset, step};
   int count = BLOCK;
   if (name == "values") side.values = plane, count = BLOCK * side.d;
@@ -28,6 +47,9 @@ void set_plane(Side& side, const PlaneArgs& args) {
   else if (name == "channel_scale") side.channel_scale = plane, count = side.d;
   else if (name == "channel_zero") side.channel_zero = plane, count = side.d;
   else require(false, "Unknown plane \"", name, "\". Allowed: values, scale, zero, channel_scale, channel_zero.");
+  require(groups == 1 || (groups > 1 && name != "values"), "Plane ", name, " in ", groups, " groups. Allowed: 1 and more, values 1.");
+  if (groups > 1) set_groups(side, name.substr(0, 7) == "channel", groups);
+  count *= groups;
   const bool inside = offset >= 0 && offset + count * width(plane.kind) <= side.bytes && step + 2 <= side.bytes;
   require(inside, "Plane ", name, " at byte ", offset, " ends beyond the ", side.bytes, " bytes of its block.");
   require(name != "values" || plane.kind <= Kind::bf16, "Plane values: fp32, fp16 or bf16, not ", kind, ".");
@@ -51,7 +73,7 @@ void set_levels(Side& side, const std::vector<float>& table) {
 
 // A trellis' entries are levels already: odd multiples -127..127 of half a step, the second half of them the first one negated.
 void set_trellis(Side& side, const std::vector<float>& table, float half) {
-  side.trellis = true, side.step = 2 * half, side.low = -127 * half;
+  side.step = 2 * half, side.low = -127 * half;
   for (int i = 0; i < 256; i++) {
     const float odd = table[i] / half;
     const bool fits = std::fabs(odd) <= 127 && std::fabs(std::remainder(odd, 2.f)) == 1 && table[i] == -table[i ^ 128];
@@ -65,7 +87,7 @@ void set_trellis(Side& side, const std::vector<float>& table, float half) {
 }  // namespace
 
 Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
-               const std::vector<float>& table, float half) {
+               const std::vector<float>& table, float half, bool channels_first) {
   const bool known = bits == 0 || bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8;
   require(known, "bits=", bits, ". Allowed: 1, 2, 3, 4, 8, or 0 for dense values.");
   require(d >= 8 && d <= MAX_HEAD_DIM && d % (bits ? 16 : 8) == 0, "head_dim ", d, ". Allowed: a multiple of ",
@@ -79,8 +101,10 @@ Side make_side(int bits, int d, int start, int bytes, int codes, const std::vect
   require(bits == 0 || (codes >= 0 && codes + BLOCK * d * bits / 8 <= bytes), "Plane codes at byte ", codes,
           " ends beyond the ", bytes, " bytes of its block.");
   Side side;
-  side.bits = bits, side.d = d, side.start = start, side.bytes = bytes, side.codes = codes;
+  side.bits = bits, side.d = side.channels_each = d, side.start = start, side.bytes = bytes, side.codes = codes;
+  side.channels_first = channels_first, side.trellis = trellis;
   for (const PlaneArgs& plane : planes) set_plane(side, plane);
+  check_groups(side, planes);
   require(bits || side.values, "A side without codes needs the plane values.");
   if (trellis) set_trellis(side, table, half);
   else if (bits) set_levels(side, table);

@@ -8,11 +8,13 @@
 
 namespace tersekv {
 
-using PlaneArgs = std::tuple<std::string, std::string, int, int>;  // name, kind, offset, offset of the step or -1
+// Name, kind, offset, offset of the step or -1, and in how many groups: 1, or of tokens for a number of a channel and of
+// channels for a number of a token.
+using PlaneArgs = std::tuple<std::string, std::string, int, int, int>;
 
 // Throws std::invalid_argument that says what is allowed. `start`: of the side in its page; `bytes`: of the side.
-// `half`: 0, or what the entries of a trellis are odd multiples of.
+// `half`: 0, or what the entries of a trellis are odd multiples of. `channels_first`: the order of the scales.
 Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
-               const std::vector<float>& table, float half);
+               const std::vector<float>& table, float half, bool channels_first);
 
 }  // namespace tersekv

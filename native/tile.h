@@ -92,8 +92,9 @@ struct Ahead {
   }
 };
 
-// TILES token tiles from `first` on, which share the loads of their queries.
-template <int BITS, int R, int TILES>
+// TILES token tiles from `first` on, which share the loads of their queries. EACH: every tile has queries of its own, R rows
+// after those of the tile before.
+template <int BITS, int R, int TILES, bool EACH>
 INLINE void score_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int first, int part, Ahead ahead, int d,
                         const int8_t* q, float* dots) {
   Ints sum[TILES][R] = {};
@@ -104,8 +105,10 @@ INLINE void score_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int f
       Bytes level[TILES];
       for (int t = 0; t < TILES; t++) level[t] = look_up(unit, 4 * half + first + t);
       for (int r = 0; r < R; r++) {
-        const int32_t queries = four(q + r * d + 8 * u + 4 * half);
-        for (int t = 0; t < TILES; t++) sum[t][r] = Isa::dot(sum[t][r], level[t], queries);
+        const int8_t* row = q + r * d + 8 * u + 4 * half;
+        const int32_t queries = four(row);
+        for (int t = 0; t < TILES; t++)
+          sum[t][r] = Isa::dot(sum[t][r], level[t], EACH ? four(row + (first + t) * R * d) : queries);
       }
     }
   }
@@ -115,15 +118,15 @@ INLINE void score_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int f
 }
 
 // dots[r][j] = sum over channels of level[j][c] * q[r][c], exactly.
-template <int BITS, int R>
+template <int BITS, int R, bool EACH = false>
 void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* q, float* dots) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
     if constexpr (4 * R + 8 <= Isa::REGISTERS) {  // eight for levels, queries and constants
-      score_tiles<BITS, R, 4>(look_up, codes, 0, part, ahead, d, q, dots);
+      score_tiles<BITS, R, 4, EACH>(look_up, codes, 0, part, ahead, d, q, dots);
     } else {
-      score_tiles<BITS, R, 2>(look_up, codes, 0, part, ahead, d, q, dots);
-      score_tiles<BITS, R, 2>(look_up, codes, 2, part, ahead, d, q, dots);
+      score_tiles<BITS, R, 2, EACH>(look_up, codes, 0, part, ahead, d, q, dots);
+      score_tiles<BITS, R, 2, EACH>(look_up, codes, 2, part, ahead, d, q, dots);
     }
   }
 }
@@ -165,7 +168,7 @@ void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, c
 }
 
 // The same two in fp32: q and w are floats, and a code stands for its table entry.
-template <int BITS, int R>
+template <int BITS, int R, bool EACH = false>
 void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* q, float* dots) {
   const Isa::Table<BITS> table(entries);
   for (int part = 0; part < PARTS; part++) {
@@ -176,7 +179,7 @@ void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d,
       for (int i = 0; i < 8; i++)
         for (int tile = 0; tile < 4; tile++) {
           const Floats value = table((Ints)unit.field(4 * (i / 4) + tile) >> 8 * (i % 4));
-          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i]);
+          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i + (EACH ? tile * R * d : 0)]);
         }
     }
     for (int r = 0; r < R; r++)

@@ -17,12 +17,17 @@ using MixDense = void (*)(const uint8_t*, int64_t, int, int, const float*, const
 // A strip of R rows at bits B: [bits][rows - 1].
 #define EACH_STRIP(F, B) {F<B, 1>, F<B, 2>, F<B, 3>, F<B, 4>}
 #define GRID(F) {EACH_STRIP(F, 1), EACH_STRIP(F, 2), EACH_STRIP(F, 3), EACH_STRIP(F, 4), EACH_STRIP(F, 8)}
+#define STRIP_IN_GROUPS(F, B) {F<B, 1, true>, F<B, 2, true>, F<B, 3, true>, F<B, 4, true>}
+#define GRID_IN_GROUPS(F) \
+  {STRIP_IN_GROUPS(F, 1), STRIP_IN_GROUPS(F, 2), STRIP_IN_GROUPS(F, 3), STRIP_IN_GROUPS(F, 4), STRIP_IN_GROUPS(F, 8)}
 #define EACH_BITS(F) {F<1>, F<2>, F<3>, F<4>}
 #define DENSE(F) {EACH_STRIP(F, Kind::fp32), EACH_STRIP(F, Kind::fp16), EACH_STRIP(F, Kind::bf16)}
 constexpr ScoreInt8 SCORE_INT8[5][STRIP] = GRID(score_int8);
 constexpr MixInt8 MIX_INT8[5][STRIP] = GRID(mix_int8);
 constexpr ScoreExact SCORE_EXACT[5][STRIP] = GRID(score_exact);
 constexpr MixExact MIX_EXACT[5][STRIP] = GRID(mix_exact);
+constexpr ScoreInt8 SCORE_INT8_IN_GROUPS[5][STRIP] = GRID_IN_GROUPS(score_int8);
+constexpr ScoreExact SCORE_EXACT_IN_GROUPS[5][STRIP] = GRID_IN_GROUPS(score_exact);
 constexpr ScoreDense SCORE_DENSE[3][STRIP] = DENSE(score_dense);
 constexpr MixDense MIX_DENSE[3][STRIP] = DENSE(mix_dense);
 // A block as bytes: levels of a grid, levels of a trellis, or its windows, which are codes of 8 bits.
@@ -39,6 +44,8 @@ constexpr decltype(&softmax<1, false>) SOFTMAX[2][STRIP] = {
     {softmax<1, true>, softmax<2, true>, softmax<3, true>, softmax<4, true>}};
 #undef EACH_STRIP
 #undef GRID
+#undef STRIP_IN_GROUPS
+#undef GRID_IN_GROUPS
 #undef DENSE
 #undef EACH_BITS
 

@@ -13,10 +13,14 @@ from native_cases import Case, make_case
 from native_truth import truth
 
 from tersekv.layout import Layout
+from tersekv.ops import native
 from tersekv.ops.recipe import Dense, Grid
 from tersekv.ops.trellis import Trellis
 
 ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
+KIVI_K = "{0} positive channel_scale/{1}:fp16 channel_zero/{1}:fp16"
+KIVI_V = "{0} positive scale/{1}:fp16 zero/{1}:fp16"
+FIRST = "channel_scale:fp16 channel_zero:fp16 scale:log8"
 CASES = [
     ("1 normal scale:log8", "2 normal scale:fp16", 64, 2, 1, [[0, 1], [63, 65]]),
     ("2 normal scale:log8 channel_zero:int8", "3 normal scale:log8", 80, 3, 2, [[64, 130]]),
@@ -30,6 +34,10 @@ CASES = [
     ("2 trellis scale:log8 channel_zero:int8", "1 trellis scale:log8", 64, 4, 16, [[129]]),
     ("3 trellis scale:fp16", "4 trellis scale:log8", 128, 5, 1, [[65, 127]]),
     ("4 trellis scale:log8", "3 trellis scale:log8", 32, 1, 1, [[64, 3]]),
+    (KIVI_K.format(2, 32), KIVI_V.format(2, 32), 64, 4, 1, [[130, 1]]),
+    (KIVI_K.format(4, 16), KIVI_V.format(3, 16), 80, 3, 6, [[65]]),
+    (KIVI_V.format(3, 32), KIVI_K.format(4, 32), 128, 2, 1, [[70, 64]]),
+    (f"3 uniform first=channel {FIRST}", f"8 uniform first=channel {FIRST}", 96, 5, 1, [[127]]),
     ("dense fp32", "dense bf16", 72, 3, 1, [[65, 2]]),
     ("dense fp16", "2 normal scale:log8", 80, 2, 3, [[65]]),
     ("2 normal scale:log8", "dense fp16", 80, 2, 3, [[65]]),
@@ -44,11 +52,13 @@ def put(file: BinaryIO, x: Any, dtype: type | str) -> None:
 def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid | Trellis, start: int) -> None:
     planes = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
     bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.code_bits, layout.offsets["codes"])
-    put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes)], np.int32)
+    first = isinstance(recipe, Grid) and recipe.first == "channel"
+    put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes), first], np.int32)
     for plane in planes:
         put(file, plane.name, "")
         put(file, plane.kind, "")
-        put(file, [layout.offsets[plane.name], layout.offsets.get(plane.name + "_step", -1)], np.int32)
+        step, groups = layout.offsets.get(plane.name + "_step", -1), native.groups(layout, plane)
+        put(file, [layout.offsets[plane.name], step, groups], np.int32)
     put(file, [] if isinstance(recipe, Dense) else recipe.table, np.float32)
     put(file, [recipe.half if isinstance(recipe, Trellis) else 0], np.float32)
 

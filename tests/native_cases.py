@@ -1,7 +1,8 @@
 """Pages of random codes for every form of the recipes, what attention over them is, and how far kernels may be off.
 
 No codec has all planes at once, so sides are made here: text such as "3 normal scale:log8 channel_zero:int8", or
-"2 trellis scale:log8" or "dense fp16". A plus sign, "scale:+fp16": no negative ones.
+"2 trellis scale:log8" or "dense fp16". A plus sign, "scale:+fp16": no negative ones. "scale/32:fp16": one for 32
+channels of a token, "channel_scale/32:fp16": for 32 tokens of a channel. "3 uniform first=channel ...": channels first.
 """
 
 from dataclasses import dataclass
@@ -30,9 +31,30 @@ class Side:
     def int8(self) -> bool:
         return isinstance(self.recipe, Trellis) or (isinstance(self.recipe, Grid) and len(self.recipe.table) < 256)
 
+    @property
+    def channels_first(self) -> bool:
+        return isinstance(self.recipe, Grid) and self.recipe.first == "channel"
+
+    @property
+    def middle(self) -> float:
+        return (min(self.recipe.table) + max(self.recipe.table)) / 2 if isinstance(self.recipe, Grid) else 0.0
+
+    @property
+    def channels_each(self) -> int:
+        """Channels that share the numbers of a token."""
+        layout = self.packed.layout
+        return layout.d // max([p.cols for p in layout.planes if p.name in native.TOKEN_NUMBERS], default=1)
+
     def numbers(self, name: str, otherwise: float) -> Tensor:
+        """(pages, 64 or 1, d or 1): those of groups repeated."""
         values = read(self.packed, name)
-        return torch.full((1, 1, 1), otherwise).double() if values is None else values.double()
+        if values is None:
+            return torch.full((1, 1, 1), otherwise).double()
+        if name in native.TOKEN_NUMBERS and values.shape[-1] > 1:
+            values = values.repeat_interleave(self.channels_each, -1)
+        elif name in native.CHANNEL_NUMBERS and values.shape[-2] > 1:
+            values = values.repeat_interleave(BLOCK // values.shape[-2], -2)
+        return values.double()
 
     def table(self) -> tuple[Tensor, Tensor]:
         """What each stored element stands for before scales, exactly and on the 128 levels of the int8 route."""
@@ -53,7 +75,10 @@ class Side:
 
 def _plane(text: str, d: int) -> Plane:
     name, kind = text.replace("+", "").split(":")
-    rows, cols = (1, d) if name.startswith("channel") else (BLOCK, 1)
+    name, _, each = name.partition("/")
+    whole = BLOCK if name.startswith("channel") else d
+    groups = whole // int(each or whole)
+    rows, cols = (groups, d) if name.startswith("channel") else (BLOCK, groups)
     return Plane(name, rows, cols, KIND_BITS[kind], kind)
 
 
@@ -71,12 +96,14 @@ def _content(plane: Plane, pages: int, positive: bool) -> Tensor:
     return to_bytes(torch.randn(shape) / 2, plane.kind)
 
 
-def _recipe(form: str, bits: int) -> Grid | Trellis:
+def _recipe(form: str, bits: int, first: str) -> Grid | Trellis:
     if form == "trellis":
         return Trellis(tuple((2 * torch.randint(0, 128, (STATES // 2,)) - 127).tolist()), 1 / 64, bits)
+    if form == "positive":
+        return Grid(tuple(float(i) for i in range(2**bits)), first)
     if form == "uniform":
-        return Grid(tuple(i - 2.0 ** (bits - 1) for i in range(2**bits)))
-    return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)))
+        return Grid(tuple(i - 2.0 ** (bits - 1) for i in range(2**bits)), first)
+    return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)), first)
 
 
 def make_side(text: str, d: int, pages: int) -> Side:
@@ -85,9 +112,9 @@ def make_side(text: str, d: int, pages: int) -> Side:
         planes = [Plane("values", BLOCK, d, KIND_BITS[form], form)]
         recipe: Dense | Grid | Trellis = Dense()
     else:
-        planes = [Plane("codes", BLOCK, d, int(first)), *(_plane(word, d) for word in rest)]
+        planes = [Plane("codes", BLOCK, d, int(first)), *(_plane(word, d) for word in rest if "=" not in word)]
         planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
-        recipe = _recipe(form, int(first))
+        recipe = _recipe(form, int(first), "channel" if "first=channel" in rest else "token")
     layout = Layout(d, tuple(planes))
     return Side(Packed.assemble(layout, {p.name: _content(p, pages, f"{p.name}:+" in text) for p in planes}), recipe)
 

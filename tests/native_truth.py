@@ -1,7 +1,8 @@
 """Attention in fp64 over the pages of a case, and what rounding may change: derived, row by row.
 
-Notation as in the kernels: a value is (t * scale + zero) * channel_scale + channel_zero, t a table entry; on the int8
-route t is moved to the nearest of 128 levels, a query to 255 steps, and the weights of a block to 255 steps.
+Notation as in the kernels: a value is (t * scale + zero) * channel_scale + channel_zero, or channels first, t a table
+entry; on the int8 route t is moved to the nearest of 128 levels, a query to 255 steps, and the weights of a block to
+255 steps. Channels with a scale of their own in each token have queries and weights of their own.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The numbers of one row's tokens, in fp64: (t, d), or (t, 1) for those of a token."""
+    """The numbers of one row's tokens, in fp64: (t, d), or (t, 1) for those of whole tokens."""
 
     t: Tensor
     near: Tensor  # t on the 128 levels
@@ -35,14 +36,27 @@ class Tokens:
     zero: Tensor
     channel_scale: Tensor
     channel_zero: Tensor
+    channels_first: bool
+    channels_each: int
+    middle: float
 
     @property
     def values(self) -> Tensor:
+        if self.channels_first:
+            return (self.t * self.channel_scale + self.channel_zero) * self.scale + self.zero
         return (self.t * self.scale + self.zero) * self.channel_scale + self.channel_zero
+
+    @property
+    def reach(self) -> Tensor:
+        """What a rounding is multiplied by: t or, where a side is centred, its distance from the table's middle."""
+        return torch.maximum(self.near.abs(), (self.near - self.middle).abs())
 
     @property
     def magnitude(self) -> Tensor:
         """The sum of the terms' magnitudes: what a rounding is relative to."""
+        if self.channels_first:
+            parts = (self.t * self.channel_scale).abs() + self.channel_zero.abs()
+            return parts * self.scale.abs() + self.zero.abs()
         parts = (self.t * self.scale).abs() + self.zero.abs()
         return parts * self.channel_scale.abs() + self.channel_zero.abs()
 
@@ -52,7 +66,7 @@ def tokens(side: Side, pages: slice, length: int) -> Tokens:
     others = [("scale", 1.0), ("zero", 0.0), ("channel_scale", 1.0), ("channel_zero", 0.0)]
     numbers = [t, near, *(side.numbers(name, otherwise) for name, otherwise in others)]
     cut = [x.expand(len(t), 64, -1)[pages].flatten(0, 1)[:length] for x in numbers]
-    return Tokens(*cut)
+    return Tokens(*cut, side.channels_first, side.channels_each, side.middle)
 
 
 def blocks_of(x: Tensor) -> Tensor:
@@ -66,18 +80,18 @@ def score_bound(q: Tensor, k: Tokens, scale: float, int8: bool) -> Tensor:
     if not int8:
         return bound
     folded = q[:, None] * k.channel_scale  # (rows, t, d)
-    half_step = folded.abs().amax(-1) / 254
-    by_query = half_step * k.near.abs().sum(-1)
-    by_table = (folded.abs() * (k.t - k.near).abs()).sum(-1)
-    return bound + scale * k.scale.abs().T * (by_query + by_table)
+    half_step = folded.abs().unflatten(-1, (-1, k.channels_each)).amax(-1).repeat_interleave(k.channels_each, -1) / 254
+    by_query = half_step * k.reach
+    by_table = folded.abs() * (k.t - k.near).abs()
+    return bound + scale * (k.scale.abs() * (by_query + by_table)).sum(-1)
 
 
 def weight_bound(p: Tensor, v: Tokens) -> Tensor:
     """Of each output (rows, d): half a step of each block's largest weight, and the steps of the table."""
-    w = p * v.scale.abs().T
-    half_step = blocks_of(w).amax(-1) / 254  # (rows, blocks)
-    reach = blocks_of((v.near.abs() * v.channel_scale.abs()).T).sum(-1)  # (d, blocks)
-    return half_step @ reach.T + w @ ((v.t - v.near).abs() * v.channel_scale.abs())
+    w = p[..., None] * v.scale.abs()  # (rows, t, d or 1)
+    half_step = blocks_of(w.mT).amax(-1) / 254  # (rows, d or 1, blocks)
+    reach = blocks_of((v.reach * v.channel_scale.abs()).T).sum(-1)  # (d, blocks)
+    return (half_step * reach).sum(-1) + (w * ((v.t - v.near).abs() * v.channel_scale.abs())).sum(-2)
 
 
 def of_row(case: Case, q: Tensor, pages: slice, length: int, exact: bool) -> tuple[Tensor, ...]:

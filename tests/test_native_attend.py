@@ -15,6 +15,9 @@ pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native
 RUN = [name for name, runs, _ in (native.isas() if native.missing() is None else []) if runs]
 
 ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
+FIRST = "channel_scale:fp16 channel_zero:fp16 scale:log8"
+CHANNELS = "{0} positive channel_scale/{1}:fp16 channel_zero/{1}:fp16"
+TOKENS = "{0} positive scale/{1}:fp16 zero/{1}:fp16"
 SIDES = {
     "1/2 bits": ("1 normal scale:log8", "2 normal scale:log8"),
     "2/3 bits, mean": ("2 normal scale:log8 channel_zero:int8", "3 normal scale:fp16"),
@@ -35,6 +38,23 @@ SIDES = {
     "fp16/3 bits": ("dense fp16", "3 normal scale:log8"),
     "2 bits/fp32": ("2 normal scale:log8 channel_zero:int8", "dense fp32"),
     "1 bit/fp16": (f"1 uniform {ALL}", "dense fp16"),
+    "groups, as KIVI": (CHANNELS.format(2, 32), TOKENS.format(2, 16)),
+    "groups of 16": (CHANNELS.format(4, 16), TOKENS.format(3, 16)),
+    "groups, the other way": (TOKENS.format(4, 16), CHANNELS.format(3, 32)),
+    "positive codes": ("2 positive scale:fp16 zero:fp16", "4 positive scale:fp16 zero:fp16"),
+    "groups, scales only": ("3 normal channel_scale/16:fp32", "1 normal scale/16:log8"),
+    "groups, zeros only": ("1 normal zero/16:bf16", "4 normal channel_zero/16:fp16"),
+    "groups of 8 bits": (CHANNELS.format(8, 32), TOKENS.format(8, 16)),
+    "groups/zero": (CHANNELS.format(3, 32), "4 uniform scale:fp16 zero:fp16"),
+    "zero/groups": ("4 uniform scale:fp16 zero:fp16", TOKENS.format(1, 16)),
+    "groups/trellis": (TOKENS.format(2, 16), "2 trellis scale:log8"),
+    "fp16/groups": ("dense fp16", CHANNELS.format(2, 16)),
+    "channels first": (f"4 uniform first=channel {FIRST}", f"3 uniform first=channel {FIRST}"),
+    "channels first/groups": ("8 uniform first=channel channel_zero:fp16 scale:log8", TOKENS.format(4, 16)),
+    "mean/channels first": (
+        "2 normal scale:log8 channel_zero:int8",
+        "8 uniform first=channel channel_scale:fp16 scale:log8",
+    ),
 }
 RAGGED = [[0, 1], [63, 65]]
 SHAPES = {  # d, g, n, lengths
@@ -83,6 +103,14 @@ def test_pages(sides: str, shape: str) -> None:
 @pytest.mark.parametrize("g", [5, 6, 7, 8, 9, 12, 16])
 def test_every_group(g: int) -> None:
     check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))
+
+
+@pytest.mark.parametrize(
+    ("d", "each", "g"), [(64, 32, 4), (96, 48, 1), (128, 32, 4), (128, 64, 9), (256, 32, 2), (512, 16, 1)]
+)
+def test_groups_of_every_width(d: int, each: int, g: int) -> None:
+    check(make_case(CHANNELS.format(2, 32), TOKENS.format(2, each), d, g, 1, RAGGED))
+    check(make_case(TOKENS.format(4, each), CHANNELS.format(4, 16), d, g, 1, [[130]]))
 
 
 @pytest.mark.parametrize("isa", ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"])

@@ -50,7 +50,15 @@ def test_ops_run_the_kernels() -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    "spec", ["rotated:bits=4", "rotated:bits=3", "trellis:bits=2", "k=intn:bits=8,axis=channel v=none"]
+    "spec",
+    [
+        "rotated:bits=4",
+        "rotated:bits=3",
+        "trellis:bits=2",
+        "k=intn:bits=8,axis=channel v=none",
+        "kivi:bits=2,group=16",
+        "direction",
+    ],
 )
 def test_transformers_decodes_with_the_kernels(
     spec: str, any_model: PreTrainedModel, ids: Tensor, request: pytest.FixtureRequest
@@ -76,7 +84,8 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        ("direction", "recipe grid, channels first: they read dense, grid and trellis"),
+        ("direction", ""),
+        ("k=direction:bits=2,norm=fp16 v=direction:bits=8", ""),
         ("direction:codebook=shared", ""),
         ("turboquant", ""),
         ("turboquant:form=prod", "recipe grid + grid"),
@@ -89,10 +98,14 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("trellis:bits=4", ""),
         ("kvquant", "recipe grid with outliers"),
         ("kvquant:outliers=0", ""),
-        ("kivi", "plane channel_scale is in groups"),
+        ("kivi", ""),
+        ("k=kivi:bits=4,group=16 v=kivi:bits=3,group=16", ""),
+        ("k=kivi:axis=token v=kivi:axis=channel", ""),
+        ("k=kivi:group=8 v=kivi", "keys: plane channel_scale is in groups of 8 tokens: they read groups of 16"),
+        ("k=kivi v=intn:bits=4,group=8", "values: plane scale is in groups of 8 channels: they read groups of 16"),
         ("k=kivi:group=64 v=kivi:group=64", ""),
         ("k=intn:bits=5 v=rotated:bits=4", "keys: 5 bits"),
-        ("k=rotated:bits=4 v=intn:bits=4,group=16", "values: plane scale is in groups"),
+        ("k=rotated:bits=4 v=intn:bits=4,group=16", ""),
     ],
 )
 def test_what_the_kernels_read_is_what_the_pages_of_the_methods_say(spec: str, why: str) -> None:

@@ -44,15 +44,15 @@ struct Expected {
 };
 
 inline Side read_side(Reader& r) {
-  const std::vector<int32_t> n = r.many<int32_t>();  // bits, d, start, bytes, codes, planes
+  const std::vector<int32_t> n = r.many<int32_t>();  // bits, d, start, bytes, codes, planes, channels first
   std::vector<PlaneArgs> planes;
   for (int i = 0; i < n[5]; i++) {
     std::string name = r.text(), kind = r.text();
     const std::vector<int32_t> at = r.many<int32_t>();
-    planes.emplace_back(name, kind, at[0], at[1]);
+    planes.emplace_back(name, kind, at[0], at[1], at[2]);
   }
   const std::vector<float> table = r.many<float>();
-  return make_side(n[0], n[1], n[2], n[3], n[4], planes, table, r.many<float>().at(0));
+  return make_side(n[0], n[1], n[2], n[3], n[4], planes, table, r.many<float>().at(0), n[6]);
 }
 
 struct Golden {

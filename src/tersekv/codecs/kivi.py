@@ -5,7 +5,7 @@ the others; values have none, and what attention adds up of them is a token at a
 paper's residual of 128 tokens in 16 bits is the policy's: `recent=128`.
 
 Differs from the paper: keys are packed 64 tokens at a time and not once 128 have gathered, so 128 to 191 tokens stay
-dense; its kernels take only a group of 32, here `group` also fits a block or a token, which our kernels read.
+dense; its kernels take only a group of 32, ours read groups of 16 and any multiple.
 """
 
 from dataclasses import dataclass

@@ -22,6 +22,7 @@ else:
 MAX_HEAD_DIM = 512  # of the scratch memory in `native/kernels.h`
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ORDERS = ("simd_k", "simd_v", "trellis_k", "trellis_v")  # that C++ knows, beside the linear one
+TOKEN_NUMBERS, CHANNEL_NUMBERS = ("scale", "zero"), ("channel_scale", "channel_zero")
 TAKEN = (
     "Allowed, in memory: q (b, hq, n, d); pool (pages, bytes) uint8; table (b, h, blocks) int32; lengths (b, h) int64; "
     "padding (b) int64; k and v (b, h, t, d) in fp32, fp16 or bf16. Convert them with .to()."
@@ -47,7 +48,7 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
     if isinstance(recipe, Dense):
         return None
     trellis = isinstance(recipe, Trellis)
-    if recipe.name != "grid" and not trellis:
+    if not isinstance(recipe, Grid | Trellis):
         return f"recipe {recipe.name}: they read dense, grid and trellis."
     if trellis and not layout.takes("trellis_k"):
         return f"a trellis at head dim {layout.d}: they read multiples of 32."
@@ -55,11 +56,30 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"{layout.code_bits} bits at head dim {layout.d}: they read 1, 2, 3, 4 and 8 bits, d a multiple of 16."
     if layout.plane("codes").cols != layout.d:
         return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
-    for plane in layout.planes:
-        whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
-        if plane.name in ("scale", "zero", "channel_scale", "channel_zero") and (plane.rows, plane.cols) != whole:
-            return f"plane {plane.name} is in groups: they read one number a token, or one a channel and block."
+    return _refused_numbers(layout, recipe)
+
+
+def _refused_numbers(layout: Layout, recipe: Grid | Trellis) -> str | None:
+    planes = [plane for plane in layout.planes if plane.name in TOKEN_NUMBERS + CHANNEL_NUMBERS]
+    in_groups = [plane for plane in planes if groups(layout, plane) > 1]
+    for plane in in_groups:
+        what, all_of = ("tokens", layout.block) if plane.name in CHANNEL_NUMBERS else ("channels", layout.d)
+        each = all_of // groups(layout, plane)
+        if each % 16:
+            return f"plane {plane.name} is in groups of {each} {what}: they read groups of 16 or a multiple."
+    if in_groups and (isinstance(recipe, Trellis) or len({plane.name in TOKEN_NUMBERS for plane in planes}) == 2):
+        return (
+            f"plane {in_groups[0].name} is in groups: they read that on a grid, of tokens or of channels but not both."
+        )
+    if isinstance(recipe, Grid) and recipe.first == "channel" and (in_groups or "zero" in layout):
+        return f"recipe {recipe.name}: they read it without zeros of tokens and without groups."
     return None
+
+
+def groups(layout: Layout, plane: Plane) -> int:
+    """Of tokens that share the numbers of a channel, or of channels that share those of a token."""
+    whole = {TOKEN_NUMBERS: layout.block, CHANNEL_NUMBERS: layout.d}
+    return next((plane.rows * plane.cols // n for names, n in whole.items() if plane.name in names), 1)
 
 
 def order(layout: Layout, recipe: Recipe, side: str) -> str:
@@ -86,13 +106,15 @@ def reads(pages: Pages) -> bool:
 @lru_cache
 def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     """What C++ needs to know of a side of a page, made once for each layout."""
-    planes = [_plane(layout, p) for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
+    numbers = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
+    planes = [(*_plane(layout, p), groups(layout, p)) for p in numbers]
     if isinstance(recipe, Dense):
-        return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [], 0)
+        return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [], 0, False)
     assert isinstance(recipe, Grid | Trellis)  # for the type checker: `refusal` let it through
     half = recipe.half if isinstance(recipe, Trellis) else 0.0
-    codes = layout.offsets["codes"]
-    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, list(recipe.table), half)
+    first = isinstance(recipe, Grid) and recipe.first == "channel"
+    codes, table = layout.offsets["codes"], list(recipe.table)
+    return _native.Side(layout.code_bits, layout.d, start, layout.nbytes, codes, planes, table, half, first)
 
 
 def _plane(layout: Layout, plane: Plane) -> tuple[str, str, int, int]:
