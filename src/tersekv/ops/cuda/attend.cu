@@ -53,10 +53,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     const int i = side / 2;
     if (side % 2 == 0) {
       if (i % 32 == 0) ids = i + lane < count ? a.table[i64(sequence) * a.blocks + begin + (i + lane) * WARPS] : 0;
-      from = a.pool + i64(__shfl_sync(~0u, ids, i % 32)) * a.page_bytes;
-      ring.copy<K::BYTES>(slot, from, i < count);
+      from = a.pool + u64(u32(__shfl_sync(~0u, ids, i % 32))) * a.page_bytes;
+      ring.copy<K::USED>(slot, from, i < count);
     } else {
-      ring.copy<V::BYTES>(slot, from + K::BYTES, i < count);
+      ring.copy<V::USED>(slot, from + K::BYTES, i < count);
     }
   };
 #pragma unroll 1
