@@ -12,6 +12,7 @@ struct Shared {
   u64 copied[WARPS][SLOTS];
   Queries queries[QUERIES];
   float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
+  float sizes[LOG8_SCALES ? 256 : 1];  // of the codes of LOG8
 };
 // The same number, in a register of its own: the compiler would write a constant, or one that all lanes share, anew for
 // each look-up. It does not know that a block has fewer threads.
@@ -35,7 +36,7 @@ static_assert(sizeof(Sums) <= WARPS * Pages::BYTES, "sums lie where the rings we
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + WARPS * Pages::BYTES);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler sees to be one
   const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
   const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
   const i64 first_row = i64(sequence) * a.rows + head0;
@@ -66,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
 
   for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
     shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;
+  for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int row = warp; row < HEADS; row += WARPS) {
     const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
     const float scale = row < rows ? a.scale : 0;
@@ -94,9 +96,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
       __syncwarp();
     }
     float s[TOKENS][2];
-    score(page, tables.k, queries, softmax.ref, left, s);
+    score(page, tables.k, shared.sizes, queries, softmax.ref, left, s);
     page = next(2 * i + 1);
-    mix(page, tables.v, left, s, softmax);
+    mix(page, tables.v, shared.sizes, left, s, softmax);
   }
 #if __CUDA_ARCH__ < 900
   asm volatile("cp.async.wait_all;" ::: "memory");

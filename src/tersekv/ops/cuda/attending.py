@@ -1,6 +1,6 @@
 """Attention over packed pages on a GPU: which kernel, of what shape, and its launch."""
 
-from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
+from ctypes import Structure, c_float, c_int, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,8 +34,7 @@ class Arguments(Structure):
             (name, c_void_p)
             for name in ("q", "pool", "table", "lengths", "out", "lse", "part_out", "part_sums", "arrived")
         ),
-        ("page_bytes", c_longlong),
-        *((name, c_int) for name in ("rows", "blocks", "splits", "tiles")),
+        *((name, c_int) for name in ("page_bytes", "rows", "blocks", "splits", "tiles")),
         ("scale", c_float),
     )
 
@@ -117,7 +116,8 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
         warps = threads // 32
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
-        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
+        sizes = 256 if any(p.name == "scale" and p.kind == "log8" for p in (*k.planes, *v.planes)) else 1
+        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1) + 4 * sizes
         sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
         slots = next(count for count in SLOTS if warps * count * slot >= sums)
         total = warps * slots * (slot + 8) + shared + 16

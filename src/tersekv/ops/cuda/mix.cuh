@@ -4,12 +4,13 @@
 #include "unpack.cuh"
 
 // Weighs the values of a page and adds them up.
-INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&s)[TOKENS][2], Softmax& softmax) {
+INLINE void mix(const u8* page, const u32 (&table)[4], const float* sizes, int tokens_left, float (&s)[TOKENS][2],
+                Softmax& softmax) {
   const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
   float scale[TOKENS], offset[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) scale[t] = 1, offset[t] = 0;
-  if constexpr (V::SCALE.kind != NONE) numbers<V::SCALE.kind>(page + V::SCALE.offset, first, scale);
+  if constexpr (V::SCALE.kind != NONE) token_scales<V::SCALE.kind>(page + V::SCALE.offset, first, sizes, scale);
   if constexpr (V::ZERO.kind != NONE) numbers<V::ZERO.kind>(page + V::ZERO.offset, first, offset);
   // What all channels share is a multiple of the exponentials as they are; rounded weights multiply only what is centred,
   // so that their rounding errors do not add up.

@@ -27,8 +27,8 @@ INLINE void add_mean(const u8* page, const Queries& queries, const u32* mine, fl
 }
 
 // Scores of a page, relative to `ref`.
-INLINE void score(const u8* page, const u32 (&table)[4], const Queries& queries, const float (&ref)[2], int tokens_left,
-                  float (&s)[TOKENS][2]) {
+INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, const Queries& queries, const float (&ref)[2],
+                  int tokens_left, float (&s)[TOKENS][2]) {
   const int lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4), group = column / HEADS;
   const int first = 8 * row + TOKENS * group;
   // Operands B of a column group hold its own columns; the other lanes read the zeros behind.
@@ -65,7 +65,7 @@ INLINE void score(const u8* page, const u32 (&table)[4], const Queries& queries,
   float scale[TOKENS], zero[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) scale[t] = 1, zero[t] = 0;
-  if constexpr (K::SCALE.kind != NONE) numbers<K::SCALE.kind>(page + K::SCALE.offset, first, scale);
+  if constexpr (K::SCALE.kind != NONE) token_scales<K::SCALE.kind>(page + K::SCALE.offset, first, sizes, scale);
   if constexpr (K::ZERO.kind != NONE) numbers<K::ZERO.kind>(page + K::ZERO.offset, first, zero);
   const float field = K::BITS == 1 ? __uint_as_float(u32(127 - TOKENS * group) << 23) : 1.f;
   float digit[2], less[2], sum[2];
