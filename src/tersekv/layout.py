@@ -122,9 +122,8 @@ def _mma_fields(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if bits == 3:  # the fourth bits of three words are the nibbles of a fourth
         vector, part, spare = word // 4, word % 4, low == 3
         return 8 * part + 2 * np.where(spare, 3, vector) + nibble // 4, byte, np.where(spare, vector, low)
-    if bits == 4:  # the highest bits of the first four codes are the highest of the bytes, so that `prmt` spreads them
-        top = low == 3
-        return 2 * word + np.where(top, 1 - nibble % 2, nibble // 4), np.where(top, nibble // 2, byte), low
+    if bits == 4:
+        return 2 * word + nibble // 4, byte, low
     return word, bit // 8, bit % 8
 
 
@@ -188,13 +187,13 @@ class Layout:
 
     @cached_property
     def nbytes(self) -> int:
+        """Bytes of one block of one head, padding included."""
         whole = WHOLE.get(self.order.partition("_")[0], ALIGNMENT)
         return -(-self.used_bytes // whole) * whole
 
     @cached_property
     def used_bytes(self) -> int:
         """Those before the padding behind the last plane."""
-        """Bytes of one block of one head, padding included."""
         return sum(plane.stride for plane in self.planes)
 
     @property

@@ -18,11 +18,13 @@ struct Shared {
 // each look-up. It does not know that a block has fewer threads.
 INLINE u32 hidden(u32 x) { return threadIdx.x > 1u << 30 ? 0 : x; }
 
-// The tables of both sides.
+// The tables of both sides, as `Unit` looks entries up.
+template <class Side>
+INLINE u32 upper(u32 entries) { return Side::BITS == 4 ? entries + 0x01010101u : entries; }
 struct Tables {
   u32 k[4], v[4];
-  static constexpr bool SAME = K::T0 == V::T0 && K::T1 == V::T1 && K::T2 == V::T2 && K::T3 == V::T3;
-  INLINE Tables() : k{K::T0, K::T1, K::T2, K::T3}, v{V::T0, V::T1, V::T2, V::T3} {
+  static constexpr bool SAME = K::BITS == V::BITS && K::T0 == V::T0 && K::T1 == V::T1 && K::T2 == V::T2 && K::T3 == V::T3;
+  INLINE Tables() : k{K::T0, K::T1, upper<K>(K::T2), upper<K>(K::T3)}, v{V::T0, V::T1, upper<V>(V::T2), upper<V>(V::T3)} {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       k[i] = hidden(k[i]);
@@ -65,9 +67,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
   let_next_launch();
 
+  for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
     shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;
-  for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int row = warp; row < HEADS; row += WARPS) {
     const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
     const float scale = row < rows ? a.scale : 0;
