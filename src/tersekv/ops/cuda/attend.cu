@@ -52,18 +52,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
 
   int ids = 0;  // the lanes hold the numbers of 32 pages
   const u8* from = a.pool;
-  auto ask = [&](int side, int slot) {  // for keys (even) or values of a page, in the order in which they are used
-    const int i = side / 2;
-    if (side % 2 == 0) {
+  auto ask = [&](int piece, int slot) {  // for a page, or for its keys (even) or values, in the order in which they are used
+    const int i = piece / PIECES;
+    if (piece % PIECES == 0) {
       if (i % 32 == 0) ids = i + lane < count ? a.table[i64(sequence) * a.blocks + begin + (i + lane) * WARPS] : 0;
       from = a.pool + u64(u32(__shfl_sync(~0u, ids, i % 32))) * a.page_bytes;
-      ring.copy<K::USED>(slot, from, i < count);
-    } else {
-      ring.copy<V::USED>(slot, from + K::BYTES, i < count);
     }
+    if constexpr (PIECES == 1) ring.copy<K::BYTES + V::USED>(slot, from, i < count);
+    else if (piece % 2 == 0) ring.copy<K::USED>(slot, from, i < count);
+    else ring.copy<V::USED>(slot, from + K::BYTES, i < count);
   };
 #pragma unroll 1
-  for (int side = 0; side < SLOTS - 1; side++) ask(side, side);
+  for (int piece = 0; piece < SLOTS - 1; piece++) ask(piece, piece);
   wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
   let_next_launch();
 
@@ -83,15 +83,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   Softmax softmax;
   int slot = 0, left = length - begin * BLOCK;
   u32 turn = 0;
-  auto next = [&](int side) {  // its slot, once it is there; the one before it is free, and filled with what comes last
+  auto next = [&](int piece) {  // its slot, once it is there; the one before it is free, and filled with what comes last
     const u8* at = memory + warp * Pages::BYTES + slot * SLOT_BYTES;
     ring.wait(slot, turn);
-    ask(side + SLOTS - 1, slot ? slot - 1 : SLOTS - 1);
+    ask(piece + SLOTS - 1, slot ? slot - 1 : SLOTS - 1);
     if (++slot == SLOTS) slot = 0, turn++;
     return at;
   };
   for (int i = 0; i < count; i++, left -= WARPS * BLOCK) {
-    const u8* page = next(2 * i);
+    const u8* page = next(PIECES * i);
     Queries& queries = shared.queries[BY_PAGE ? warp : 0];
     if constexpr (BY_PAGE) {
       for (int row = 0; row < HEADS; row++) quantise(shared.q[row], page, row < rows ? a.scale : 0, row, queries);
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     }
     float s[TOKENS][2];
     score(page, tables.k, shared.sizes, queries, softmax.ref, left, s);
-    page = next(2 * i + 1);
+    page = PIECES == 1 ? page + K::BYTES : next(2 * i + 1);
     mix(page, tables.v, shared.sizes, left, s, softmax);
   }
 #if __CUDA_ARCH__ < 900
