@@ -19,7 +19,7 @@ def prmt(low: np.ndarray, high: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, table: tuple[int, ...]) -> np.ndarray:
-    """Registers (..., x=4, y=2, r=4) of one unit from a lane's words (..., vectors, 4); of 4 bits two parts, in front."""
+    """Registers (..., x=4, y=2, r=4) of one unit from a lane's words (..., vectors, 4); of 4 bits, two parts of it."""
     t = [np.full(words.shape[:-2], word, dtype=U32) for word in table]
     if bits == 4:
         return np.stack(
