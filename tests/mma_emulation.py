@@ -3,6 +3,7 @@
 import numpy as np
 
 U32 = np.uint32
+FLIP = U32(0x88888888)  # the highest bit of every nibble
 
 
 def prmt(low: np.ndarray, high: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -18,13 +19,25 @@ def prmt(low: np.ndarray, high: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, bits: int, table: tuple[int, ...]) -> np.ndarray:
-    """Registers (..., x=4, y=2, r=4) of one unit from a lane's words (..., vectors, 4)."""
+    """Registers (..., x=4, y=2, r=4) of one unit from a lane's words (..., vectors, 4); of 4 bits, two parts of it."""
     t = [np.full(words.shape[:-2], word, dtype=U32) for word in table]
+    if bits == 4:
+        return np.stack(
+            [_half(words, t[:2], U32(0)), _half(words, [t[2] + U32(0x01010101), t[3] + U32(0x01010101)], FLIP)]
+        )
     registers = np.empty((*words.shape[:-2], 4, 2, 4), dtype=U32)
     for x in range(4):
         for y in range(2):
             for r in range(4):
                 registers[..., x, y, r] = _register(words, bits, t, x, y, r)
+    return registers
+
+
+def _half(words: np.ndarray, t: list[np.ndarray], flip: np.uint32) -> np.ndarray:
+    """What eight of 16 entries contribute."""
+    registers = np.empty((*words.shape[:-2], 4, 2, 4), dtype=U32)
+    for x, y, r in np.ndindex(4, 2, 4):
+        registers[..., x, y, r] = prmt(t[0], t[1], (words[..., x, 2 * y + r // 2] ^ flip) >> U32(16 * (r % 2)))
     return registers
 
 
@@ -41,11 +54,6 @@ def _register(words: np.ndarray, bits: int, t: list[np.ndarray], x: int, y: int,
             (w[0] >> U32(3) & U32(0x11111111)) | (w[1] >> U32(2) & U32(0x22222222)) | (w[2] >> U32(1) & U32(0x44444444))
         )
         return prmt(t[0], t[1], (w[i] & U32(0x77777777) if i < 3 else spare) >> shift)
-    if bits == 4:
-        word = words[..., x, 2 * y + r // 2]
-        index, tops = (word & U32(0x77777777)) >> shift, word << U32(4 * (r % 2))
-        mask = prmt(tops, tops, np.full_like(tops, 0xBA98))
-        return (prmt(t[0], t[1], index) & ~mask) | (prmt(t[2], t[3], index) & mask)
     return words[..., 2 * x + y, r] ^ U32(0x80808080)
 
 

@@ -18,7 +18,7 @@ BUDGET = {
     "hf": 1100,
     "models": 600,
     "ops": 1500,
-    "ops/cuda": 1200,
+    "ops/cuda": 1220,
     "policy": 1330,
     "reports": 840,
 }

@@ -34,7 +34,8 @@ def test_unpacked_operands_are_the_levels(bits: int, d: int, order: str) -> None
     for grid in grids(bits):
         found = levels(grid)
         registers = unpack(words, bits, packed(found.level))
-        got = registers.astype("<u4").view(np.int8 if bits > 1 else np.uint8).reshape(d // 64, 32, 4, 2, 4, 4)
+        got = registers.astype("<u4").view(np.int8 if bits > 1 else np.uint8).reshape(-1, d // 64, 32, 4, 2, 4, 4)
+        got = got.sum(0, dtype=np.int64)  # as the matrix instructions add up the two parts of 16 entries
         rows, columns = operand_rows_and_columns()
         token, channel = places(order, rows, columns, d)
         want = np.array(found.level)[codes.numpy()[token, channel]]

@@ -15,6 +15,7 @@ from tersekv.errors import SpecError
 
 BLOCK = 64  # tokens; a power of two, so that a block's channel mean is an exact halving tree and one division
 ALIGNMENT = 16  # bytes; one SIMD load, and what `cp.async` moves at once
+WHOLE = {"mma": 128}  # whole cache lines for a block on a GPU: else up to a twentieth of the speed is lost
 
 # How stored elements become numbers. "code" indexes the codec's table; "log8" is 0 or 2^((i - 144) / 12);
 # "int8" is a signed integer times the plane of the same name + "_step"; "index" is a channel or a token, 0 to 255.
@@ -67,11 +68,8 @@ def _simd_fields(bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _simd(plane: Plane, token: Callable[..., np.ndarray], channel: Callable[..., np.ndarray]) -> np.ndarray:
     """Units of 512 codes in `bits` vectors of 64 bytes, each byte holding a bit of field f at place p of the unit."""
     field, of_code = _simd_fields(plane.bits)
-    unit, f, p = (
-        np.arange(plane.rows * plane.cols // 512)[:, None, None, None],
-        field[:, None, :],
-        np.arange(64)[:, None],
-    )
+    unit = np.arange(plane.rows * plane.cols // 512)[:, None, None, None]
+    f, p = field[:, None, :], np.arange(64)[:, None]
     return ((token(unit, f, p) * plane.cols + channel(unit, f, p)) * plane.bits + of_code[:, None, :]).ravel()
 
 
@@ -106,8 +104,7 @@ def trellis_v(plane: Plane) -> np.ndarray:
 def _mma_fields(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each bit of a lane's `4 * bits` words: register 0..31 after unpacking, byte in it, and bit of the code.
 
-    A table look-up (`prmt`) takes its indices from four nibbles, so codes of 2 to 4 bits lie in nibbles, four to a
-    register; what a nibble has room for beside an index is a part of other codes.
+    A table look-up (`prmt`) takes four nibbles, so codes of 2 to 4 bits lie in nibbles; what is left is other codes'.
     """
     word, bit = np.indices((4 * bits, 32))
     nibble, low, byte = bit // 4, bit % 4, bit // 4 % 4
@@ -119,18 +116,14 @@ def _mma_fields(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if bits == 3:  # the fourth bits of three words are the nibbles of a fourth
         vector, part, spare = word // 4, word % 4, low == 3
         return 8 * part + 2 * np.where(spare, 3, vector) + nibble // 4, byte, np.where(spare, vector, low)
-    if bits == 4:  # the highest bits of the first four codes are the highest of the bytes, so that `prmt` spreads them
-        top = low == 3
-        return 2 * word + np.where(top, 1 - nibble % 2, nibble // 4), np.where(top, nibble // 2, byte), low
-    return word, bit // 8, bit % 8
+    return (2 * word + nibble // 4, byte, low) if bits == 4 else (word, bit // 8, bit % 8)
 
 
 def _mma(plane: Plane, place: Callable[..., tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Units of 64 x 64 codes: eight operands A of `mma.m16n8k32` (16 rows by 32 columns) for each of 32 lanes.
 
-    Register 8x + 4y + r of lane (g, p) belongs to rows 16x.. and columns 32y.. of the unit; r is two halves, of the
-    rows and of the columns. A lane's words come in vectors of 16 bytes, and 32 lanes side by side. `place` gives token
-    and channel of (unit, g, row of g's eight, p, y, half of the columns, byte).
+    Register 8x + 4y + r of lane (g, p): rows 16x.., columns 32y.. of the unit; r is halves of rows and columns. Words
+    come in vectors of 16 bytes, lanes side by side. `place`: token and channel of (unit, g, row, p, y, half, byte).
     """
     register, byte, of_code = (f.reshape(plane.bits, 1, 4, 32) for f in _mma_fields(plane.bits))
     unit, lane = np.arange(plane.rows * plane.cols // 4096)[:, None, None, None, None], np.arange(32)[:, None, None]
@@ -186,6 +179,12 @@ class Layout:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of one block of one head, padding included."""
+        whole = WHOLE.get(self.order.partition("_")[0], ALIGNMENT)
+        return -(-self.used_bytes // whole) * whole
+
+    @cached_property
+    def used_bytes(self) -> int:
+        """Those before the padding behind the last plane."""
         return sum(plane.stride for plane in self.planes)
 
     @property

@@ -52,7 +52,7 @@ class PackedTier:
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
         b, h, _, d = like.k.shape
-        page = k.layout(d).nbytes + v.layout(d).nbytes
+        page = sum(layout.nbytes for layout in _layouts(k, v, d, like.k.device))
         pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
         table = torch.empty(b, h, 0, dtype=torch.int32, device=like.k.device)
         return PackedTier(k, v, d, like.k.dtype, pool, table, table, np.zeros((b, h), dtype=np.int64))

@@ -12,16 +12,19 @@ struct Shared {
   u64 copied[WARPS][SLOTS];
   Queries queries[QUERIES];
   float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
+  float sizes[LOG8_SCALES ? 256 : 1];  // of the codes of LOG8
 };
 // The same number, in a register of its own: the compiler would write a constant, or one that all lanes share, anew for
 // each look-up. It does not know that a block has fewer threads.
 INLINE u32 hidden(u32 x) { return threadIdx.x > 1u << 30 ? 0 : x; }
 
-// The tables of both sides.
+// The tables of both sides, as `Unit` looks entries up.
+template <class Side>
+INLINE u32 upper(u32 entries) { return Side::BITS == 4 ? entries + 0x01010101u : entries; }
 struct Tables {
   u32 k[4], v[4];
-  static constexpr bool SAME = K::T0 == V::T0 && K::T1 == V::T1 && K::T2 == V::T2 && K::T3 == V::T3;
-  INLINE Tables() : k{K::T0, K::T1, K::T2, K::T3}, v{V::T0, V::T1, V::T2, V::T3} {
+  static constexpr bool SAME = K::BITS == V::BITS && K::T0 == V::T0 && K::T1 == V::T1 && K::T2 == V::T2 && K::T3 == V::T3;
+  INLINE Tables() : k{K::T0, K::T1, upper<K>(K::T2), upper<K>(K::T3)}, v{V::T0, V::T1, upper<V>(V::T2), upper<V>(V::T3)} {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       k[i] = hidden(k[i]);
@@ -35,7 +38,7 @@ static_assert(sizeof(Sums) <= WARPS * Pages::BYTES, "sums lie where the rings we
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + WARPS * Pages::BYTES);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler sees to be one
   const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
   const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
   const i64 first_row = i64(sequence) * a.rows + head0;
@@ -49,21 +52,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
 
   int ids = 0;  // the lanes hold the numbers of 32 pages
   const u8* from = a.pool;
-  auto ask = [&](int side, int slot) {  // for keys (even) or values of a page, in the order in which they are used
-    const int i = side / 2;
-    if (side % 2 == 0) {
+  auto ask = [&](int piece, int slot) {  // for a page, or for its keys (even) or values, in the order in which they are used
+    const int i = piece / PIECES;
+    if (piece % PIECES == 0) {
       if (i % 32 == 0) ids = i + lane < count ? a.table[i64(sequence) * a.blocks + begin + (i + lane) * WARPS] : 0;
-      from = a.pool + i64(__shfl_sync(~0u, ids, i % 32)) * a.page_bytes;
-      ring.copy<K::BYTES>(slot, from, i < count);
-    } else {
-      ring.copy<V::BYTES>(slot, from + K::BYTES, i < count);
+      from = a.pool + u64(u32(__shfl_sync(~0u, ids, i % 32))) * a.page_bytes;
     }
+    if constexpr (PIECES == 1) ring.copy<K::BYTES + V::USED>(slot, from, i < count);
+    else if (piece % 2 == 0) ring.copy<K::USED>(slot, from, i < count);
+    else ring.copy<V::USED>(slot, from + K::BYTES, i < count);
   };
 #pragma unroll 1
-  for (int side = 0; side < SLOTS - 1; side++) ask(side, side);
+  for (int piece = 0; piece < SLOTS - 1; piece++) ask(piece, piece);
   wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
   let_next_launch();
 
+  for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
     shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;
   for (int row = warp; row < HEADS; row += WARPS) {
@@ -79,24 +83,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   Softmax softmax;
   int slot = 0, left = length - begin * BLOCK;
   u32 turn = 0;
-  auto next = [&](int side) {  // its slot, once it is there; the one before it is free, and filled with what comes last
+  auto next = [&](int piece) {  // its slot, once it is there; the one before it is free, and filled with what comes last
     const u8* at = memory + warp * Pages::BYTES + slot * SLOT_BYTES;
     ring.wait(slot, turn);
-    ask(side + SLOTS - 1, slot ? slot - 1 : SLOTS - 1);
+    ask(piece + SLOTS - 1, slot ? slot - 1 : SLOTS - 1);
     if (++slot == SLOTS) slot = 0, turn++;
     return at;
   };
   for (int i = 0; i < count; i++, left -= WARPS * BLOCK) {
-    const u8* page = next(2 * i);
+    const u8* page = next(PIECES * i);
     Queries& queries = shared.queries[BY_PAGE ? warp : 0];
     if constexpr (BY_PAGE) {
       for (int row = 0; row < HEADS; row++) quantise(shared.q[row], page, row < rows ? a.scale : 0, row, queries);
       __syncwarp();
     }
     float s[TOKENS][2];
-    score(page, tables.k, queries, softmax.ref, left, s);
-    page = next(2 * i + 1);
-    mix(page, tables.v, left, s, softmax);
+    score(page, tables.k, shared.sizes, queries, softmax.ref, left, s);
+    page = PIECES == 1 ? page + K::BYTES : next(2 * i + 1);
+    mix(page, tables.v, shared.sizes, left, s, softmax);
   }
 #if __CUDA_ARCH__ < 900
   asm volatile("cp.async.wait_all;" ::: "memory");

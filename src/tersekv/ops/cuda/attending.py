@@ -1,6 +1,6 @@
 """Attention over packed pages on a GPU: which kernel, of what shape, and its launch."""
 
-from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
+from ctypes import Structure, c_float, c_int, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +21,10 @@ LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
-SLOTS = range(3, 13)  # of a warp's ring; more of them only make copies wait for each other, and some SMs for long
+# Up to so many bits a page is copied in one piece, for fewer instructions. A warp's ring has one slot more than are
+# under way at a time: a page, or two of its sides. More only make copies wait for each other, and some SMs for long.
+IN_ONE_PIECE = 3
+MOST_SLOTS = 12
 Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
 OVERHEAD, WAVE = 1, 4  # what a block costs besides its pages, and blocks that wait for others, in pages of a warp
 
@@ -34,27 +37,30 @@ class Arguments(Structure):
             (name, c_void_p)
             for name in ("q", "pool", "table", "lengths", "out", "lse", "part_out", "part_sums", "arrived")
         ),
-        ("page_bytes", c_longlong),
-        *((name, c_int) for name in ("rows", "blocks", "splits", "tiles")),
+        *((name, c_int) for name in ("page_bytes", "rows", "blocks", "splits", "tiles")),
         ("scale", c_float),
     )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a launch. `groups`: of columns of a matrix instruction; each holds 8 / groups query rows."""
+    """Of a launch. `groups`: of columns of a matrix instruction; each holds 8 / groups query rows.
+
+    `pieces`: in which a page is copied, whole or keys and values each.
+    """
 
     d: int
     groups: int
     threads: int
     blocks: int
+    pieces: int
     slots: int
     shared_bytes: int
 
     def constants(self) -> str:
         return (
             f"constexpr int D = {self.d}, GROUPS = {self.groups}, THREADS = {self.threads}, "
-            f"BLOCKS_PER_SM = {self.blocks}, SLOTS = {self.slots};\n"
+            f"BLOCKS_PER_SM = {self.blocks}, PIECES = {self.pieces}, SLOTS = {self.slots};\n"
         )
 
 
@@ -110,20 +116,23 @@ def integers(pages: Pages) -> bool:
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
     """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end."""
     groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
-    heads, d, slot = 8 // groups, k.d, max(k.nbytes, v.nbytes)
+    heads, d, sides = 8 // groups, k.d, (k.nbytes, v.nbytes)
+    pieces = 1 if max(k.code_bits, v.code_bits) <= IN_ONE_PIECE else 2
+    slot = sum(sides) if pieces == 1 else max(sides)
     by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
     wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
     for threads, blocks in WIDE_SHAPES if wide else SHAPES[gpu.major > 9 :]:
         warps = threads // 32
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
-        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1)
+        sizes = 256 if any(p.name == "scale" and p.kind == "log8" for p in (*k.planes, *v.planes)) else 1
+        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1) + 4 * sizes
         sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
-        slots = next(count for count in SLOTS if warps * count * slot >= sums)
+        slots = next(count for count in range(pieces + 1, MOST_SLOTS + 1) if warps * count * slot >= sums)
         total = warps * slots * (slot + 8) + shared + 16
         if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
-            return Shape(d, groups, threads, blocks, slots, total)
-    raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no three slots of {slot} bytes.")
+            return Shape(d, groups, threads, blocks, pieces, slots, total)
+    raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no {pieces + 1} slots of {slot} bytes.")
 
 
 @lru_cache

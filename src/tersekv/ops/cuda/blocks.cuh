@@ -34,6 +34,12 @@ INLINE u32 log8_code(float x, const float* edges) {
   return x >= LOG8_FLOOR ? below + 1 + (first < x) + (second < x) : 0;
 }
 
+// Zeros behind the last plane, so that equal content has equal bytes.
+INLINE void pad(u8* out) {
+  const int i = S::USED + 16 * threadIdx.x;
+  if (i < S::BYTES) *reinterpret_cast<uint4*>(out + i) = make_uint4(0, 0, 0, 0);
+}
+
 template <int KIND>
 INLINE void store(u8* plane, int i, float x, const float* edges) {
   if constexpr (KIND == FP32) reinterpret_cast<float*>(plane)[i] = fminf(fmaxf(x, -3.4028234663852886e38f), 3.4028234663852886e38f);

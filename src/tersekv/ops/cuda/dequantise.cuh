@@ -17,6 +17,12 @@ INLINE int key_channel(int unit, int chunk) {
   return (chunk % 2 + chunk / 4 * 2) * (D / 4) + 16 * unit + 8 * (chunk / 2 % 2);
 }
 
+// 16 entries: two look-ups by the low three bits of nibbles, and `upper`, bytes of ones or zeros, says which.
+INLINE u32 look_up16(const u32 (&table)[4], u32 index, u32 upper) {
+  const u32 low = look_up(table[0], table[1], index), high = look_up(table[2], table[3], index);
+  return (low & ~upper) | (high & upper);
+}
+
 // How codes of a side become numbers: entry() * gain + offset(gain).
 template <class S>
 struct Entries {
@@ -39,11 +45,20 @@ struct Entries {
           a[y][2 * field] = look_up(table[0], table[0], index);
           a[y][2 * field + 1] = look_up(table[0], table[0], index >> 16);
         }
-    } else {
-      Unit<S::BITS>(codes, table).get(x, a);
-      if constexpr (S::BITS == 8)
+    } else if constexpr (S::BITS == 4) {
+      const uint4 v = vector(codes, x);
+      const u32 w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] ^= 0x80808080u;
+      for (int i = 0; i < 4; i++) {
+        const u32 index = w[i] & 0x77777777u, up = w[i] << 4;  // the highest bits of nibbles to those of bytes, in turn
+        a[i / 2][2 * (i % 2)] = look_up16(table, index, prmt(w[i], up, 0x9D8C));
+        a[i / 2][2 * (i % 2) + 1] = look_up16(table, index >> 16, prmt(w[i], up, 0xBFAE));
+      }
+    } else {
+      u32 whole[1][2][4];
+      Unit<S::BITS>(codes, table).get(x, whole);
+#pragma unroll
+      for (int i = 0; i < 8; i++) a[i / 4][i % 4] = whole[0][i / 4][i % 4] ^ (S::BITS == 8 ? 0x80808080u : 0u);
     }
   }
   // Of byte i of a word; `field`: the row of a bit, which counts 2^field times.

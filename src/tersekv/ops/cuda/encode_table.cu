@@ -253,6 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(const Arguments a) 
   u8* out = a.out + i64(blockIdx.x) * a.stride;
   float* row = s.y[threadIdx.x];
   load(a, s);
+  pad(out);
   __syncthreads();
   float y[CHUNK];
   rotate(row, y);

@@ -124,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(const Arguments a) 
   Shared& s = *reinterpret_cast<Shared*>(memory);
   u8* out = a.out + i64(blockIdx.x) * a.stride;
   load(a, s);
+  pad(out);
   __syncthreads();
   if constexpr (BY_CHANNEL) {
     channel_ranges(s, out);

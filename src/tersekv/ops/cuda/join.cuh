@@ -10,7 +10,7 @@ struct Arguments {  // as in attending.py
   float *out, *lse;  // (b h, rows, D), (b h, rows)
   float *part_out, *part_sums;  // of splits: (tiles, splits, ITEMS, 2), (tiles, splits, HEADS) log-sum-exps
   int* arrived;                 // of tiles; 0 before and after
-  i64 page_bytes;
+  u32 page_bytes;
   int rows, blocks, splits, tiles;  // tiles: of query rows, for each of b h
   float scale;                      // of scores, times log2(e)
 };

@@ -32,7 +32,8 @@ class Levels:
 def levels(table: tuple[float, ...]) -> Levels:
     """Of 2 entries: bits. Of 256: code - 128 and equal steps. Of others: the step with the least squared error.
 
-    An odd-symmetric table, such as Lloyd-Max's, has middle 0. Equal steps are represented exactly.
+    An odd-symmetric table, such as Lloyd-Max's, has middle 0. Equal steps are represented exactly. Of 16, the kernels
+    tell the lower eight by their sign, and add one to the others: those are below 0, and these from 0 to 126.
     """
     entries = np.array(table, dtype=np.float64)
     if len(table) == 2:
@@ -40,10 +41,13 @@ def levels(table: tuple[float, ...]) -> Levels:
     if len(table) == 256:
         step = float(entries[-1] - entries[0]) / 255
         return Levels(tuple(range(-128, 128)), step, float(entries[0]) + 128 * step)
-    middle = float(entries.max() + entries.min()) / 2
-    centred = entries - middle
-    tried = np.linspace(LARGEST / 2, LARGEST + 0.49, CANDIDATES)[:, None]
+    halves = len(table) == 16
+    middle = float(entries[7] + entries[8] if halves else entries.max() + entries.min()) / 2
+    centred, largest = entries - middle, LARGEST - halves
+    tried = np.linspace(largest / 2, largest + 0.49, CANDIDATES)[:, None]
     level = np.rint(centred * (tried / np.abs(centred).max()))
+    if halves:
+        level[:, :8], level[:, 8:] = np.minimum(level[:, :8], -1), np.maximum(level[:, 8:], 0)
     step = (level @ centred) / (level**2).sum(-1)
     best = int((((step[:, None] * level) - centred) ** 2).sum(-1).argmin())
     return Levels(tuple(int(n) for n in level[best]), float(step[best]), middle)

@@ -4,12 +4,13 @@
 #include "unpack.cuh"
 
 // Weighs the values of a page and adds them up.
-INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&s)[TOKENS][2], Softmax& softmax) {
+INLINE void mix(const u8* page, const u32 (&table)[4], const float* sizes, int tokens_left, float (&s)[TOKENS][2],
+                Softmax& softmax) {
   const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
   float scale[TOKENS], offset[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) scale[t] = 1, offset[t] = 0;
-  if constexpr (V::SCALE.kind != NONE) numbers<V::SCALE.kind>(page + V::SCALE.offset, first, scale);
+  if constexpr (V::SCALE.kind != NONE) token_scales<V::SCALE.kind>(page + V::SCALE.offset, first, sizes, scale);
   if constexpr (V::ZERO.kind != NONE) numbers<V::ZERO.kind>(page + V::ZERO.offset, first, offset);
   // What all channels share is a multiple of the exponentials as they are; rounded weights multiply only what is centred,
   // so that their rounding errors do not add up.
@@ -21,12 +22,11 @@ INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&
       if (first + t >= tokens_left) scale[t] = offset[t] = 0;
   u32 b[4];
   softmax.weigh(s, scale, offset, b);
-  const int start[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
   float middle[2] = {0, 0};
   if constexpr (V::CENTRE != 0) {  // times the sum of the weights as they were rounded
     const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-    int all[4];
-    mma<false, false>(all, ones, b[0], b[1], start);
+    int all[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+    mma<false, false>(all, ones, b[0], b[1], all);
     mma<false, false>(all, ones, b[2], b[3], all);
 #pragma unroll
     for (int j = 0; j < 2; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::CENTRE;
@@ -40,11 +40,14 @@ INLINE void mix(const u8* page, const u32 (&table)[4], int tokens_left, float (&
     const Unit<V::BITS> unit(page + V::CODES + 512 * V::BITS * u + 16 * lane, table);
 #pragma unroll
     for (int x = 0; x < 4; x++) {
-      u32 a[2][4];
+      u32 a[Unit<V::BITS>::PARTS][2][4];
       unit.get(x, a);
-      int sum[4];
-      mma<Unit<V::BITS>::SIGNED, false>(sum, a[0], b[0], b[1], start);
-      mma<Unit<V::BITS>::SIGNED, false>(sum, a[1], b[2], b[3], sum);
+      int sum[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+#pragma unroll
+      for (int part = 0; part < Unit<V::BITS>::PARTS; part++) {
+        mma<Unit<V::BITS>::SIGNED, false>(sum, a[part][0], b[0], b[1], sum);
+        mma<Unit<V::BITS>::SIGNED, false>(sum, a[part][1], b[2], b[3], sum);
+      }
       float gain[2] = {1, 1}, zero[2] = {0, 0};
       if constexpr (V_CHANNELS) {
         const int c = ROWS * (lane / 4) + 8 * u + 2 * x;

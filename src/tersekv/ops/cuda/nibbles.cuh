@@ -44,12 +44,6 @@ INLINE void gather_values(const CodeRows& rows, int u, int g, int p, u32 (&n)[4]
     }
 }
 
-// The highest bits of the first four codes to those of bytes, where `prmt` spreads them; of the others to bit 3 of bytes.
-INLINE u32 tops_apart(u32 n) {
-  const u32 up = n << 4, first = prmt(n, up, 0x1504), second = prmt(n, up, 0x3726);
-  return (n & 0x77777777u) | (first & 0x80808080u) | (second >> 4 & 0x08080808u);
-}
-
 // A lane's words of a unit, [vector][word].
 template <int BITS>
 INLINE void from_nibbles(const u32 (&n)[4][2][2], u32 (&out)[BITS][4]) {
@@ -57,7 +51,7 @@ INLINE void from_nibbles(const u32 (&n)[4][2][2], u32 (&out)[BITS][4]) {
   for (int x = 0; x < 4; x++) {
     if constexpr (BITS == 4)
 #pragma unroll
-      for (int i = 0; i < 4; i++) out[x][i] = tops_apart(n[x][i / 2][i % 2]);
+      for (int i = 0; i < 4; i++) out[x][i] = n[x][i / 2][i % 2];
     if constexpr (BITS == 3) {
       const u32 last = n[x][1][1];
       out[0][x] = n[x][0][0] | (last & 0x11111111u) << 3;

@@ -2,9 +2,9 @@
 #pragma once
 #include "ptx.cuh"
 
-// The low three bits of four bytes as four nibbles.
+// The low four bits of four bytes as four nibbles.
 INLINE u32 nibbles(u32 codes) {
-  const u32 x = codes & 0x07070707u, y = (x | x >> 4) & 0x00FF00FFu;
+  const u32 x = codes & 0x0F0F0F0Fu, y = (x | x >> 4) & 0x00FF00FFu;
   return (y | y >> 8) & 0xFFFFu;
 }
 INLINE u32 nibbles(u32 first, u32 second) { return nibbles(first) | nibbles(second) << 16; }
@@ -19,9 +19,7 @@ INLINE void pack(const u32 (&codes)[2][4], int x, u8* out) {
     if constexpr (BITS == 8)
       for (int i = 0; i < 4; i++) put(2 * x + y, i, r[i]);
     if constexpr (BITS == 4)
-      for (int i = 0; i < 2; i++)
-        put(x, 2 * y + i,
-            nibbles(r[2 * i], r[2 * i + 1]) | (r[2 * i] & 0x08080808u) << 4 | (r[2 * i + 1] & 0x08080808u));
+      for (int i = 0; i < 2; i++) put(x, 2 * y + i, nibbles(r[2 * i], r[2 * i + 1]));
     if constexpr (BITS == 2) put(x / 2, 2 * (x % 2) + y, nibbles(r[0], r[1]) | nibbles(r[2], r[3]) << 2);
   }
   if constexpr (BITS == 3) {

@@ -37,13 +37,13 @@ def repacks(packed: Packed) -> bool:
 
 def repack(packed: Packed, order: str) -> Packed:
     layout, device = packed.layout.ordered(order), packed.data.device
-    blocks = packed.data.reshape(-1, layout.nbytes)
+    blocks = packed.data.reshape(-1, packed.layout.nbytes)
     blocks = blocks if blocks.stride(-1) == 1 else blocks.contiguous()
-    out = torch.empty(packed.data.shape, dtype=torch.uint8, device=device)
+    out = torch.zeros(*packed.data.shape[:-1], layout.nbytes, dtype=torch.uint8, device=device)
     plane = packed.layout.plane("codes")
     table = _moves(plane, layout.plane("codes"), device.index)
-    total = len(blocks) * layout.nbytes
-    numbers = (len(blocks), blocks.stride(0), layout.nbytes, layout.nbytes, layout.offsets["codes"], plane.nbytes)
+    total = len(blocks) * layout.used_bytes
+    numbers = (len(blocks), blocks.stride(0), layout.nbytes, layout.used_bytes, layout.offsets["codes"], plane.nbytes)
     if total:
         run = kernel(source.read("repack.cu"), "repack", device.index)
         arguments = Repacking(blocks.data_ptr(), table.data_ptr(), out.data_ptr(), *numbers)

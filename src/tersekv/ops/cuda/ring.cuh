@@ -1,4 +1,4 @@
-// A warp's own ring of slots in shared memory. Each slot holds one side (K or V) of a page; copies run ahead of their use.
+// A warp's own ring of slots in shared memory. Each slot holds a page, or one side (K or V) of it; copies run ahead of their use.
 #pragma once
 #include "ptx.cuh"
 

@@ -3,17 +3,25 @@
 #include "queries.cuh"
 #include "unpack.cuh"
 
-// The product of the block's mean with the queries: an operand A whose rows are all the mean.
+// A register of any content, which costs no instruction.
+INLINE u32 anything() {
+  u32 x;
+  asm volatile("" : "=r"(x));
+  return x;
+}
+
+// The product of the block's mean with the queries: an operand A whose first eight rows are all the mean. The others
+// may be anything.
 INLINE void add_mean(const u8* page, const Queries& queries, const u32* mine, float (&shift)[2]) {
   const int lane = threadIdx.x % 32;
   int high[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}, low[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const uint4 z = *reinterpret_cast<const uint4*>(page + K::CHANNEL_ZERO.offset + lane % 4 * (D / 4) + 16 * u);
+    const u32* z = reinterpret_cast<const u32*>(page + K::CHANNEL_ZERO.offset + lane % 4 * (D / 4) + 16 * u);
 #pragma unroll
     for (int y = 0; y < 2; y++) {
       const uint4 b = *reinterpret_cast<const uint4*>(mine + (2 * u + y) * HEADS * 16);
-      const u32 a[4] = {y ? z.z : z.x, y ? z.z : z.x, y ? z.w : z.y, y ? z.w : z.y};
+      const u32 a[4] = {z[2 * y], anything(), z[2 * y + 1], anything()};
       mma<true, true>(high, a, b.x, b.y, high);
       mma<true, true>(low, a, b.z, b.w, low);
     }
@@ -27,8 +35,8 @@ INLINE void add_mean(const u8* page, const Queries& queries, const u32* mine, fl
 }
 
 // Scores of a page, relative to `ref`.
-INLINE void score(const u8* page, const u32 (&table)[4], const Queries& queries, const float (&ref)[2], int tokens_left,
-                  float (&s)[TOKENS][2]) {
+INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, const Queries& queries, const float (&ref)[2],
+                  int tokens_left, float (&s)[TOKENS][2]) {
   const int lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4), group = column / HEADS;
   const int first = 8 * row + TOKENS * group;
   // Operands B of a column group hold its own columns; the other lanes read the zeros behind.
@@ -52,20 +60,22 @@ INLINE void score(const u8* page, const u32 (&table)[4], const Queries& queries,
         q[y][i] = *reinterpret_cast<const uint4*>(of_group(i) + (2 * u + y) * HEADS * 16);
 #pragma unroll
     for (int x = 0; x < 4; x++) {
-      u32 a[2][4];
+      u32 a[Unit<K::BITS>::PARTS][2][4];
       unit.get(x, a);
 #pragma unroll
-      for (int y = 0; y < 2; y++) {
-        const uint4& b = q[y][x / TILES];
-        mma<Unit<K::BITS>::SIGNED, true>(high[x % TILES], a[y], b.x, b.y, high[x % TILES]);
-        mma<Unit<K::BITS>::SIGNED, true>(low[x % TILES], a[y], b.z, b.w, low[x % TILES]);
-      }
+      for (int y = 0; y < 2; y++)
+#pragma unroll
+        for (int part = 0; part < Unit<K::BITS>::PARTS; part++) {
+          const uint4& b = q[y][x / TILES];
+          mma<Unit<K::BITS>::SIGNED, true>(high[x % TILES], a[part][y], b.x, b.y, high[x % TILES]);
+          mma<Unit<K::BITS>::SIGNED, true>(low[x % TILES], a[part][y], b.z, b.w, low[x % TILES]);
+        }
     }
   }
   float scale[TOKENS], zero[TOKENS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) scale[t] = 1, zero[t] = 0;
-  if constexpr (K::SCALE.kind != NONE) numbers<K::SCALE.kind>(page + K::SCALE.offset, first, scale);
+  if constexpr (K::SCALE.kind != NONE) token_scales<K::SCALE.kind>(page + K::SCALE.offset, first, sizes, scale);
   if constexpr (K::ZERO.kind != NONE) numbers<K::ZERO.kind>(page + K::ZERO.offset, first, zero);
   const float field = K::BITS == 1 ? __uint_as_float(u32(127 - TOKENS * group) << 23) : 1.f;
   float digit[2], less[2], sum[2];

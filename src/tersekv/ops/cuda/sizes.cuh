@@ -12,7 +12,8 @@ constexpr float LIMIT = 65536.f;       // sum of exponentials at which the refer
 constexpr float TINY = 1e-35f;
 constexpr float QUERY_STEPS = 254.f;   // low steps in a high one
 constexpr int WARPS = THREADS / 32;
-constexpr int SLOT_BYTES = K::BYTES > V::BYTES ? K::BYTES : V::BYTES;
+constexpr int SLOT_BYTES = PIECES == 1 ? K::BYTES + V::BYTES : K::BYTES > V::BYTES ? K::BYTES : V::BYTES;
+constexpr bool LOG8_SCALES = K::SCALE.kind == LOG8 || V::SCALE.kind == LOG8;
 constexpr bool BY_PAGE = K::CHANNEL_SCALE.kind != NONE || (K::CHANNEL_ZERO.kind != NONE && K::CHANNEL_ZERO.kind != INT8);
 constexpr bool MEAN = !BY_PAGE && K::CHANNEL_ZERO.kind == INT8;
 constexpr bool K_ZERO = K::ZERO.kind != NONE || K::MID != 0;

@@ -19,7 +19,8 @@ def side(name: str, layout: Layout, recipe: Grid | None = None) -> str:
     """`struct K` or `struct V`: where the planes of a side lie and, with a recipe, what its codes stand for."""
     numbers = "\n".join(f"  static constexpr Plane {plane.upper()} = {_plane(layout, plane)};" for plane in NUMBERS)
     return f"""struct {name} {{
-  static constexpr int BITS = {layout.code_bits}, BYTES = {layout.nbytes}, CODES = {layout.offsets["codes"]};
+  static constexpr int BITS = {layout.code_bits}, CODES = {layout.offsets["codes"]};
+  static constexpr int BYTES = {layout.nbytes}, USED = {layout.used_bytes};
 {numbers}
 {_table(recipe) if recipe else ""}}};
 """
