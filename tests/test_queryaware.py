@@ -19,7 +19,7 @@ from tersekv.store import Store
 
 H, D, SCALE = 2, 64, 0.125
 NONE = np.zeros(1, dtype=np.int64)
-CODECS = ["rotated:bits=2", "rotated:bits=4", "trellis:bits=1", "trellis:bits=3"]
+CODECS = ["rotated:bits=2", "rotated:bits=4", "trellis:bits=1,scale=unbiased", "trellis:bits=3"]
 
 
 def tokens(n: int, b: int = 1) -> tuple[Tensor, Tensor, Tensor]:

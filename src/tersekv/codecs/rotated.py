@@ -8,7 +8,8 @@ After the rotation a coordinate of a unit vector follows a Beta marginal whateve
   this is the rotated mean), where an 8-bit grid fits it better and where kernels need it: the `grid` recipe's
   channel zero. It is stored, and the *stored* mean is what is subtracted.
 - the token scale is s = |y|^2 / <y, c>, with c the decoded code, instead of the norm: then <y_hat, y> = |y|^2 and the
-  shrinkage of a Lloyd-Max code does not add up over tokens. Stored as an 8-bit logarithm, 12 steps an octave.
+  shrinkage of a Lloyd-Max code does not add up over tokens. Stored as an 8-bit logarithm, 12 steps an octave. Keys of
+  one bit keep the norm: their error would become so large that softmax sees tokens that are not there.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from tersekv.rotation import rotate, signs
 
 @dataclass(frozen=True)
 class Rotated(Codec):
-    """`mean`: block or none. `scale`: unbiased or norm, stored as `scale_kind` (log8, fp16)."""
+    """`mean`: block or none. `scale`: unbiased, norm or auto, see `takes_norm`, stored as `scale_kind` (log8, fp16)."""
 
     bits: int = 3
     mean: str = "none"
@@ -42,13 +43,17 @@ class Rotated(Codec):
     scale_kind: str = "log8"
     seed: int = 0
 
-    side_defaults: ClassVar = {"k": {"mean": "block"}}
+    side_defaults: ClassVar = {"k": {"mean": "block", "scale": "auto"}}
 
     def __post_init__(self) -> None:
         check_bits(self.bits, 1, 8)
         check_choice("mean", self.mean, ("block", "none"))
-        check_choice("scale", self.scale, ("unbiased", "norm"))
+        check_choice("scale", self.scale, ("unbiased", "norm", "auto"))
         check_choice("scale_kind", self.scale_kind, ("log8", "fp16"))
+
+    @property
+    def unbiased(self) -> bool:
+        return not takes_norm(self.scale, self.bits)
 
     @property
     def rotation(self) -> int:
@@ -67,7 +72,7 @@ class Rotated(Codec):
         return TableEncoder(
             thresholds=tuple(lloyd_max(self.bits, d)[1].tolist()),
             centroids=tuple(table(self.bits, d).tolist()),
-            unbiased=self.scale == "unbiased",
+            unbiased=self.unbiased,
             factor=np.float32(d**-0.5).item(),
             signs=tuple(signs(d, self.seed).tolist()),
         )
@@ -77,11 +82,7 @@ class Rotated(Codec):
 
     def encode_for(self, x: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"] | None) -> Packed:
         d = x.shape[-1]
-        y, planes = rotate(x, self.seed), {}
-        if self.mean == "block":
-            step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
-            planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
-            y = y - (steps * step)[..., None, :]
+        y, planes = centred(rotate(x, self.seed), self.mean)
         energy = channel_sum(y * y)
         norm = root(energy)
         z = y * unit_scale(norm, d)[..., None]
@@ -90,7 +91,7 @@ class Rotated(Codec):
             scale = self._token_scale(y, centroids, energy)
         else:
             codes, factor = steered(z, asked, self.coder(d, z.device))
-            scale = norm * d**-0.5 * (factor if self.scale == "unbiased" else 1)
+            scale = norm * d**-0.5 * (factor if self.unbiased else 1)
         planes["codes"] = pack_codes(codes.flatten(-2), self.bits)
         planes["scale"] = to_bytes(scale, self.scale_kind)
         return Packed.assemble(self.layout(d), planes)
@@ -109,10 +110,24 @@ class Rotated(Codec):
         return codes, torch.from_numpy(table(self.bits, d)).to(z.device)[codes.int()]
 
     def _token_scale(self, y: Tensor, centroids: Tensor, energy: Tensor) -> Tensor:
-        if self.scale == "norm":
+        if not self.unbiased:
             return root(energy) * np.float32(y.shape[-1] ** -0.5).item()
         along = channel_sum(y * centroids)  # positive unless y is zero: every code has its value's sign
         return torch.where(along > 0, energy / along, 0)
+
+
+def takes_norm(scale: str, bits: float | int) -> bool:
+    """Whether a token's scale is its norm. auto, for keys: up to one bit a value, see docs/methods/trellis.md."""
+    return scale == "norm" or (scale == "auto" and bits <= 1)
+
+
+def centred(y: Float[Tensor, "*lead block d"], mean: str) -> tuple[Float[Tensor, "*lead block d"], dict[str, Tensor]]:
+    """A block without its mean as that is stored, and the mean's planes."""
+    if mean == "none":
+        return y, {}
+    step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
+    planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
+    return y - (steps * step)[..., None, :], planes
 
 
 def eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class TrellisCodec(Rotated):
         return trellis(self.bits)
 
     def encoder(self, d: int) -> TrellisEncoder:
-        unbiased, factor = self.scale == "unbiased", np.float32(d**-0.5).item()
+        unbiased, factor = self.unbiased, np.float32(d**-0.5).item()
         return TrellisEncoder(self.recipe(d), unbiased, factor, tuple(signs(d, self.seed).tolist()))
 
     def coder(self, d: int, device: torch.device) -> Onward:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from tersekv.codec import Codec, Fitted, check_choice
 from tersekv.codecs.books import UNIVERSAL, Books
-from tersekv.codecs.rotated import eight_bit
+from tersekv.codecs.rotated import centred, takes_norm
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.planes import pack_codes, to_bytes
-from tersekv.ops.sums import channel_sum, root, token_sum, unit_scale
+from tersekv.ops.sums import channel_sum, root, unit_scale
 from tersekv.ops.vq import PLANES, Tables, VectorLookup
 from tersekv.packed import Packed
 from tersekv.rotation import rotate
@@ -35,7 +35,9 @@ GROWTH = 1.9  # an unbiased scale may make a token so many times longer, not mor
 
 @dataclass(frozen=True)
 class VQ(Codec):
-    """`dim` values an index of `index` bits, `stages` times; `mean`: block, none; `scale`: norm, unbiased, none.
+    """`dim` values an index of `index` bits, `stages` times; `mean`: block, none.
+
+    `scale`: unbiased, norm, none, or auto, as keys have it: see `takes_norm`.
 
     `books`: universal, or a file, of which `layer` and `side` say whose tables.
     """
@@ -44,17 +46,17 @@ class VQ(Codec):
     index: int = 8
     stages: int = 1
     mean: str = "none"
-    scale: str = "norm"
+    scale: str = "unbiased"
     books: str = "universal"
     seed: int = 0
     layer: int = 0
     side: str = "v"
 
-    side_defaults: ClassVar = {"k": {"mean": "block", "side": "k"}}
+    side_defaults: ClassVar = {"k": {"mean": "block", "scale": "auto", "side": "k"}}
 
     def __post_init__(self) -> None:
         check_choice("mean", self.mean, ("block", "none"))
-        check_choice("scale", self.scale, ("unbiased", "norm", "none"))
+        check_choice("scale", self.scale, ("unbiased", "norm", "auto", "none"))
         check_choice("side", self.side, ("k", "v"))
         if self.stages not in (1, 2):
             raise SpecError(f"stages={self.stages} is out of range. Allowed: 1 and 2.")
@@ -125,12 +127,7 @@ class VQ(Codec):
 
     def _centred(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The block in the folded domain without its mean, and the mean's planes."""
-        y = x.float() if self.rotation is None else rotate(x, self.rotation)
-        if self.mean == "none":
-            return y, {}
-        step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
-        planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
-        return y - (steps * step)[..., None, :], planes
+        return centred(x.float() if self.rotation is None else rotate(x, self.rotation), self.mean)
 
     def _even(self, y: Tensor, energy: Tensor) -> Tensor:
         return y if self.scale == "none" else y * unit_scale(root(energy), y.shape[-1])[..., None]
@@ -139,7 +136,7 @@ class VQ(Codec):
         """As in `rotated`, but bounded: at half a bit the nearest entries may lie nearly across a token."""
         length = root(channel_sum(decoded * decoded))
         longest = torch.where(length > 0, root(energy) / length, 0)
-        if self.scale == "norm":
+        if takes_norm(self.scale, self.index * self.stages / self.dim):
             return torch.where(energy > 0, 1 / unit_scale(root(energy), y.shape[-1]), 0)
         along = channel_sum(y * decoded)
         return torch.minimum(torch.where(along > 0, energy / along, 0), GROWTH * longest)
