@@ -60,10 +60,8 @@ class IntN(Codec):
         low = -(2 ** (self.bits - 1)) if self.symmetric else 0
         return Grid(tuple(float(low + code) for code in range(2**self.bits)))
 
-    def encoder(self, d: int) -> UniformEncoder | None:
-        rows, cols = self._scale_shape(d)
-        in_groups = rows > 1 if self.axis == "channel" else cols > 1
-        return None if in_groups else UniformEncoder(self.symmetric)
+    def encoder(self, d: int) -> UniformEncoder:
+        return UniformEncoder(self.symmetric)
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         layout = self.layout(x.shape[-1])

@@ -25,6 +25,7 @@ def _fits(d: int) -> bool:
 def writes(encoder: Encoder, layout: Layout, recipe: Recipe, x: Tensor) -> bool:
     """Whether `encode` can run: values in memory, and planes such as the kernels read."""
     whole = layout.block == BLOCK and _fits(layout.d) and native.refusal(layout, recipe) is None
+    whole = whole and all(native.groups(layout, plane) == 1 for plane in layout.planes)
     return whole and layout.order in ORDERS and x.device.type == "cpu" and x.dtype in native.DTYPES
 
 
