@@ -10,14 +10,14 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3760,
+    ".": 3780,
     "bench": 2400,
-    "calibrate": 1220,
-    "codecs": 1420,
+    "calibrate": 1420,
+    "codecs": 1510,
     "eval": 1440,
-    "hf": 1100,
+    "hf": 1140,
     "models": 600,
-    "ops": 1500,
+    "ops": 1540,
     "ops/cuda": 1220,
     "policy": 1330,
     "reports": 840,

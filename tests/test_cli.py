@@ -31,6 +31,7 @@ VERBS = {
     "calibrate-adaptive": ["calibrate", "adaptive"],
     "calibrate-budget": ["calibrate", "budget"],
     "calibrate-klt": ["calibrate", "klt"],
+    "calibrate-kvquant": ["calibrate", "kvquant"],
     "calibrate-vq": ["calibrate", "vq"],
     "bench": ["bench"],
     "bench-encode": ["bench", "encode"],

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.errors import SpecError, did_you_mean
@@ -56,6 +56,15 @@ class Codec(ABC):
         """The same planes for keys that are read by the queries of which `asked` is made, if a codec can do that."""
         if asked is not None:
             raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
+        return self.encode(x)
+
+    @property
+    def positional(self) -> bool:
+        """Whether codes depend on where a block begins: then `encode_at` is called in place of `encode`."""
+        return False
+
+    def encode_at(self, x: Float[Tensor, "*lead block d"], starts: Int[Tensor, "*lead"]) -> Packed:
+        """As `encode`, for blocks of consecutive tokens, of which the first has the position `starts`."""
         return self.encode(x)
 
     def asked(self, moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:

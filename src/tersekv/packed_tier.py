@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tersekv.codec import Codec
 from tersekv.dense_tier import DenseTier
+from tersekv.errors import SpecError
 from tersekv.layout import Layout
 from tersekv.ops import (
     Pages,
@@ -81,17 +82,30 @@ class PackedTier:
         ids = torch.full(filled.shape, -1, dtype=torch.int32, device=filled.device)
         ids[filled] = torch.arange(first, first + int(count.sum()), dtype=torch.int32, device=filled.device)
         starts = tokens.positions[:, :, :: self.block]
+        if self.k.positional:
+            self._check_consecutive(tokens.positions.unflatten(2, (-1, self.block)), filled)
         old = tier.lengths // self.block
         grown = replace(
             tier,
-            pool=tier._with_pages(tokens, filled, int(count.sum()), asked),
+            pool=tier._with_pages(tokens, starts, filled, int(count.sum()), asked),
             table=join(tier.table, old, ids, count),
             starts=join(tier.starts, old, starts, count),
             lengths=tier.lengths + tokens.lengths,
         )
         return replace(grown, table=torch.where(grown.filled(), grown.table, -1))
 
-    def _with_pages(self, tokens: DenseTier, filled: Tensor, count: int, asked: Tensor | None) -> Tensor:
+    def _check_consecutive(self, positions: Int[Tensor, "b h blocks block"], filled: Tensor) -> None:
+        """Raises SpecError where a policy took tokens from between those of a block."""
+        gaps = (positions - positions[..., :1] != torch.arange(self.block, device=positions.device)).any(-1) & filled
+        if gaps.any():
+            raise SpecError(
+                f"{self.k} stores keys before RoPE, in blocks of consecutive tokens, and this policy takes some out of "
+                "a block. Use policy=window, or rope=after."
+            )
+
+    def _with_pages(
+        self, tokens: DenseTier, starts: Tensor, filled: Tensor, count: int, asked: Tensor | None
+    ) -> Tensor:
         """The pool and `count` more pages, which are encoded where they stay."""
         old, split = len(self.pool), self.layouts[0].nbytes
         pool = new_pool(old + count, self.pool.shape[1], self.pool.device)
@@ -101,14 +115,15 @@ class PackedTier:
             asked = self.asked[:, :, None]
         sides = zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, (asked, None), strict=True)
         for codec, x, layout, out, known in sides:
-            blocks = x.unflatten(2, (-1, self.block))
+            blocks, places = x.unflatten(2, (-1, self.block)), starts
             if codec.fitted is not None and count != filled.numel():  # which needs every head to know which is which
-                out.copy_(encode(codec, blocks, layout).data[filled])
+                out.copy_(encode(codec, blocks, layout, starts=starts).data[filled])
                 continue
             if count != filled.numel():
                 blocks = blocks[filled]
                 known = None if known is None else known.expand(*filled.shape, -1, -1)[filled]
-            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]), known)
+                places = starts[filled]
+            encode(codec, blocks, layout, out.unflatten(0, blocks.shape[:-2]), known, places)
         return pool
 
     def compacted(self) -> "PackedTier":

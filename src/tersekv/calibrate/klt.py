@@ -19,14 +19,12 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from tersekv.calibrate import gradients
+from tersekv.calibrate.comparing import blocks, compared
 from tersekv.calibrate.session import Session, Settings
 from tersekv.calibrate.windows import SIDES, Sample, divided, gathered
-from tersekv.codec import Codec, check_choice
+from tersekv.codec import check_choice
 from tersekv.codecs.books import Books
-from tersekv.codecs.klt import KLT
-from tersekv.codecs.rotated import Rotated
 from tersekv.errors import InputError
-from tersekv.layout import BLOCK
 from tersekv.rotation import rotate
 from tersekv.spec import parse
 from tersekv.terminal import Stages
@@ -79,14 +77,9 @@ def calibrate(
     about = directory.manifest | {"calibrate": "klt", "codecs": {side: {"groups": groups} for side in SIDES}}
     Books("", about | {"weights": weights, "damping": DAMPING, "seconds": seconds}, tensors).save(out)
     options = f"groups={groups},books={out}"
-    error = {side: {bits: compared(test, side, options, bits, stages) for bits in SHOWN} for side in SIDES}
+    error = {side: {bits: _error(test, side, bits, options, stages) for bits in SHOWN} for side in SIDES}
     nbytes = sum(x.nbytes for x in tensors.values())
     return FittedTransform(str(out), str(parse(f"klt:bits=2,{options}")), nbytes, seconds, error)
-
-
-def blocks(x: Float[Tensor, "1 h n d"]) -> Float[Tensor, "h blocks block d"]:
-    """Whole blocks, as a cache packs them."""
-    return x[0, :, : x.shape[2] // BLOCK * BLOCK].unflatten(1, (-1, BLOCK)).float()
 
 
 def moments(samples: list[Sample], layer: int, side: str, weights: str) -> tuple[Tensor, Tensor]:
@@ -122,22 +115,9 @@ def fitted(
     return matrix, costs.float()
 
 
-def compared(samples: list[Sample], side: str, options: str, bits: int, stages: Stages) -> float:
-    """sum (g' e)^2 of the codec's errors e over that of `rotated`, over all layers."""
-    spec, sums = parse(f"klt:bits={bits},{options}"), [0.0, 0.0]
-    layers = samples[0].layers
-    for number, layer in enumerate(layers):
-        stages(f"held-out windows, {bits} bits, {side}", number / len(layers))
-        mine: Codec = getattr(spec.at(layer), side)
-        assert isinstance(mine, KLT)  # what was asked for
-        plain = Rotated(bits, mean="block" if side == "k" else "none")
-        for sample in samples:
-            x, g = blocks(sample.values(layer, side)), blocks(sample.beside(layer, side, "gradient")).flatten(1, 2)
-            seen = g.mT @ g
-            for index, codec in enumerate((mine, plain)):
-                e = (codec.decode(codec.encode(x[None]))[0] - x).flatten(1, 2)
-                sums[index] += float(((e @ seen) * e).sum())
-    return sums[0] / sums[1]
+def _error(samples: list[Sample], side: str, bits: int, options: str, stages: Stages) -> float:
+    spec, plain = parse(f"klt:bits={bits},{options}"), parse(f"rotated:bits={bits}")
+    return compared(samples, side, lambda layer: getattr(spec.at(layer), side), getattr(plain, side), stages)
 
 
 def _damped(moment: Tensor, share: float) -> Tensor:

@@ -24,6 +24,7 @@ GradientsDirectory = Annotated[
         "gradients reuse them. Default: calibrations/gradients/MODEL.",
     ),
 ]
+Seed = Annotated[int, Parameter(help="Of windows, and of whatever else is drawn.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 calibrate = App(name="calibrate", help="Fit a policy to a model, on a text, by measurement.")
 
@@ -38,7 +39,7 @@ def adaptive(
     tokens: int = 64,
     window: Window = 384,
     follow: Follow = 32,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
@@ -52,8 +53,6 @@ def adaptive(
         The codec, and as its bits the average that labels are made for. Other averages work too.
     tokens
         Tokens measured in each: every precision of each, alone.
-    seed
-        Of windows, tokens, weights and batches.
     directory
         Where measurements are kept: the same command goes on where it was stopped. Default:
         calibrations/adaptive/MODEL.
@@ -80,7 +79,7 @@ def budget(
     windows: Windows = 12,
     window: Window = 384,
     follow: Follow = 32,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
@@ -94,8 +93,6 @@ def budget(
         The average over layers, keys and values; nominal, such as 3.0.
     spec
         Codecs and policy, whose bits are to be replaced.
-    seed
-        Of the windows.
     directory
         Where measurements are kept: the same command goes on where it was stopped, and another --bits reuses them.
         Default: calibrations/budget/MODEL.
@@ -129,7 +126,7 @@ def vq(
     rounds: int = 12,
     windows: HeldOut = 16,
     window: Window = 1024,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
@@ -149,8 +146,6 @@ def vq(
         anchors: by the anchor scores of AnTKV; none: all tokens alike, the control.
     rounds
         Of k-means.
-    seed
-        Of windows and k-means.
     directory
         Where windows and layers are kept: the same command goes on where it was stopped, and other books reuse the
         windows. Default: calibrations/vq/MODEL.
@@ -178,7 +173,7 @@ def klt(
     weights: str = "fisher",
     windows: HeldOut = 10,
     window: Window = 1024,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     directory: GradientsDirectory = None,
     out: Path | None = None,
@@ -192,8 +187,6 @@ def klt(
         Of channels, each with bits of its own; 1: the same bits for all, which kernels read.
     weights
         fisher: what counts is Fisher information; queries: what queries see of keys, of values all alike.
-    seed
-        Of windows and of labels.
     out
         The matrices. Default: transforms/MODEL.safetensors.
     """
@@ -205,4 +198,51 @@ def klt(
     folder = directory or Path("calibrations") / "gradients" / name
     with Stages() as stages:
         result = run(settings, groups, weights, folder, out or Path("transforms") / f"{name}.safetensors", stages)
+    show(result, json)
+
+
+@calibrate.command
+def kvquant(
+    model: Model,
+    *,
+    text: Text,
+    bits: int = 3,
+    outliers: int = 1,
+    rope: str = "before",
+    weights: str = "fisher",
+    rounds: int = 25,
+    windows: HeldOut = 10,
+    window: Window = 1024,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    directory: GradientsDirectory = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Levels of this model's keys, by channel, and values, by layer, by k-means weighted with Fisher information.
+
+    Parameters
+    ----------
+    bits
+        Of a code.
+    outliers
+        Of each vector, stored apart.
+    rope
+        before or after: where keys are stored.
+    weights
+        fisher: by the squares of gradients; none: all values alike, the control.
+    rounds
+        Of k-means.
+    out
+        The tables. Default: codebooks/MODEL-kvquant.safetensors.
+    """
+    from tersekv.calibrate.kvquant import Shape
+    from tersekv.calibrate.kvquant import calibrate as run
+    from tersekv.calibrate.session import Settings
+
+    name, shape = Path(model).name, Shape(bits, outliers, rope, weights, rounds)
+    settings = Settings(model, text, "none", windows, window, 1, seed, device)
+    folder = directory or Path("calibrations") / "gradients" / name
+    with Stages() as stages:
+        result = run(settings, shape, folder, out or Path("codebooks") / f"{name}-kvquant.safetensors", stages)
     show(result, json)

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from tersekv import packed as reference
@@ -27,15 +27,17 @@ def encode(
     layout: Layout,
     out: UInt8[Tensor, "*lead n"] | None = None,
     asked: Float[Tensor, "*#lead d d"] | None = None,
+    starts: Int[Tensor, "*lead"] | None = None,
 ) -> Packed:
     """The bytes of `codec.encode(x)` in the order of `layout`, written to `out` if it is given. `x` may be strided.
 
-    With `asked` those of `codec.encode_for(x, asked)`.
+    With `asked` those of `codec.encode_for(x, asked)`. `starts`: see `Codec.encode_at`; only there are they needed.
     """
     encoder, recipe = None if asked is not None else codec.encoder(layout.d), codec.recipe(layout.d)
     kernels = next((k for k in (native, cuda) if encoder is not None and k.writes(encoder, layout, recipe, x)), None)
     if encoder is None or kernels is None:
-        packed = repack(codec.encode_for(x, asked), layout.order)
+        there = None if starts is None or not codec.positional else codec.encode_at(x, starts)
+        packed = repack(codec.encode_for(x, asked) if there is None else there, layout.order)
         return packed if out is None else Packed(layout, out.copy_(packed.data))
     if out is None:
         out = torch.empty(*x.shape[:-2], layout.nbytes, dtype=torch.uint8, device=x.device)
