@@ -20,7 +20,7 @@ ORDERS = {"k": "mma_k", "v": "mma_v"}
 LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
-SMALL_SHAPE = (128, 4)  # first where there are more blocks than the first of SHAPES lets run at once
+SMALL_SHAPE = (128, 4)  # where all blocks run at once in it, and in the first of SHAPES they would not
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
 # Up to so many bits a page is copied in one piece, for fewer instructions. A warp's ring has one slot more than are
 # under way at a time: a page, or two of its sides. More only make copies wait for each other, and some SMs for long.
@@ -125,8 +125,9 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> S
     slot = sum(sides) if pieces == 1 else max(sides)
     by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
     wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
-    crowded = sequences * -(-rows // heads) > SHAPES[0][1] * gpu.processors and gpu.major <= 9
-    shapes = WIDE_SHAPES if wide else (SMALL_SHAPE, *SHAPES) if crowded else SHAPES[gpu.major > 9 :]
+    on_each = sequences * -(-rows // heads) / gpu.processors
+    small = SHAPES[0][1] < on_each <= SMALL_SHAPE[1] and gpu.major <= 9
+    shapes = WIDE_SHAPES if wide else (SMALL_SHAPE, *SHAPES) if small else SHAPES[gpu.major > 9 :]
     for threads, blocks in shapes:
         warps = threads // 32
         zeros = 16 if groups == 1 else d // 32 * heads * 64
