@@ -39,11 +39,11 @@ def _minimum_stack(records: bytes) -> int | None:
     return None
 
 
-def attend_text(spec: str, d: int, rows: int, arch: str) -> str:
+def attend_text(spec: str, d: int, rows: int, arch: str, sequences: int = 1) -> str:
     codecs = parse(spec)
     k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
     sm = SM_BYTES[arch] * 1024
-    how = attending.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024))
+    how = attending.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024), sequences)
     return attending.text(k, v, codecs.k.recipe(d), codecs.v.recipe(d), how)
 
 
@@ -62,6 +62,13 @@ def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
     assert stack_bytes(compiler.compiled(attend_text(spec, d, rows, arch), arch)) == 0
 
 
+@pytest.mark.parametrize("spec", [f"rotated:bits={bits}" for bits in (1, 2, 3, 4)])
+def test_attend_for_many_sequences(spec: str) -> None:
+    """In smaller blocks, of which all run at once where larger ones would leave some for a second turn."""
+    text = attend_text(spec, 128, 4, "sm_90", 384)
+    assert "THREADS = 128, BLOCKS_PER_SM = 4" in text and stack_bytes(compiler.compiled(text, "sm_90")) == 0
+
+
 @pytest.mark.parametrize(
     ("d", "rows", "tiles", "blocks", "best"),  # as measured on an H100 among up to 22
     [
@@ -74,7 +81,7 @@ def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
 def test_rows_are_split_as_measured(d: int, rows: int, tiles: int, blocks: int, best: int) -> None:
     codecs = parse("rotated:bits=4")
     k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
-    how = attending.shape(k, v, rows, attending.Limits(9, 132, 228 * 1024, 227 * 1024))
+    how = attending.shape(k, v, rows, attending.Limits(9, 132, 228 * 1024, 227 * 1024), tiles)
     assert attending.splits(tiles, blocks, how, 132) == best
 
 

@@ -20,6 +20,7 @@ ORDERS = {"k": "mma_k", "v": "mma_v"}
 LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
+SMALL_SHAPE = (128, 4)  # where all blocks run at once in it, and in the first of SHAPES they would not
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
 # Up to so many bits a page is copied in one piece, for fewer instructions. A warp's ring has one slot more than are
 # under way at a time: a page, or two of its sides. More only make copies wait for each other, and some SMs for long.
@@ -113,15 +114,21 @@ def integers(pages: Pages) -> bool:
 
 
 @lru_cache
-def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
-    """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end."""
+def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> Shape:
+    """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end.
+
+    `sequences`: times KV heads. What is left for a second turn would run on half of the warps.
+    """
     groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
     heads, d, sides = 8 // groups, k.d, (k.nbytes, v.nbytes)
     pieces = 1 if max(k.code_bits, v.code_bits) <= IN_ONE_PIECE else 2
     slot = sum(sides) if pieces == 1 else max(sides)
     by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
     wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
-    for threads, blocks in WIDE_SHAPES if wide else SHAPES[gpu.major > 9 :]:
+    on_each = sequences * -(-rows // heads) / gpu.processors
+    small = SHAPES[0][1] < on_each <= SMALL_SHAPE[1] and gpu.major <= 9
+    shapes = WIDE_SHAPES if wide else (SMALL_SHAPE, *SHAPES) if small else SHAPES[gpu.major > 9 :]
+    for threads, blocks in shapes:
         warps = threads // 32
         zeros = 16 if groups == 1 else d // 32 * heads * 64
         queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
@@ -167,7 +174,7 @@ def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
 def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> tuple[Kernel, Shape, int, int]:
     """The kernel, its shape, its tiles of query rows for each sequence and head, and its splits: made once a form."""
     gpu = limits(device)
-    how = shape(pages[0], pages[1], rows, gpu)
+    how = shape(pages[0], pages[1], rows, gpu, sequences)
     tiles = -(-rows // (8 // how.groups))
     parts = splits(sequences * tiles, blocks, how, gpu.processors)
     # Where each block is to have a multiprocessor of its own, two that share one take twice as long. Beside blocks
