@@ -28,18 +28,19 @@ class Books:
     tensors: dict[str, Tensor] = field(compare=False)
 
     @staticmethod
-    def load(path: str | Path) -> "Books":
+    def load(path: str | Path, method: str = "METHOD") -> "Books":
         """Read once as long as it does not change. Raises CacheFileError for a file that is damaged or foreign."""
         try:
             state = Path(path).stat()
         except OSError as error:
-            raise CacheFileError(f"{path} cannot be read: {error}. {FILE.instead}") from error
+            instead = FILE.instead.replace("METHOD", method)
+            raise CacheFileError(f"{path} cannot be read: {error}. {instead}") from error
         return _loaded(Path(path), state.st_mtime_ns, state.st_size)
 
     @staticmethod
     def of(path: str, method: str, side: str, options: dict[str, Any]) -> "Books":
         """Those of a codec that has these options; SpecError where they are another's, or were made for others."""
-        books = Books.load(path)
+        books = Books.load(path, method)
         if (made := books.about["calibrate"]) != method:
             raise SpecError(f"{path} was made by tersekv calibrate {made}, not {method}. {FILE.instead}")
         for option, value in books.about["codecs"][side].items():
