@@ -17,7 +17,7 @@ BUDGET = {
     "eval": 1330,
     "hf": 1100,
     "models": 600,
-    "ops": 1500,
+    "ops": 1520,
     "ops/cuda": 1200,
     "policy": 1330,
     "reports": 660,
