@@ -13,6 +13,7 @@ struct Attention {
   std::vector<Tokens> tokens;  // b * h
   const float* q;
   int rows, d, n;
+  int heads;  // KV heads: h
   float scale;
   bool exact;
 };

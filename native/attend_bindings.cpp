@@ -45,6 +45,20 @@ Side* new_side(int bits, int d, int start, int bytes, int codes, const std::vect
   return new Side(make_side(bits, d, start, bytes, codes, planes, table, half, channels_first));
 }
 
+using Stage = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+Side* new_books_side(int d, int start, int bytes, const std::vector<int>& codes, const std::vector<PlaneArgs>& planes, int index,
+                     const std::vector<Stage>& stages) {
+  require(!stages.empty() && codes.size() == stages.size(), stages.size(), " stages with ", codes.size(), " planes of codes.");
+  std::vector<std::vector<float>> numbers;
+  for (const Stage& stage : stages) {
+    for (int i = 0; i < 4; i++) require(stage.shape(i) == stages[0].shape(i), "Stages ", shape(stages[0]), " and ", shape(stage), ". Both must have one shape.");
+    numbers.emplace_back(stage.data(), stage.data() + stage.size());
+  }
+  auto books = make_books(index, int(stages[0].shape(0)), int(stages[0].shape(1)), int(stages[0].shape(3)), std::move(numbers));
+  return new Side(make_books_side(d, start, bytes, codes.front(), codes.back(), planes, std::move(books)));
+}
+
 // A part, and the arrays that it points into.
 struct HeldPart : Part {
   std::vector<nb::ndarray<>> arrays;
@@ -77,6 +91,9 @@ HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k
           " bytes. Their layouts say ", k.bytes, " of keys and ", v.bytes, " of values.");
   require(lengths.shape(0) == table.shape(0) && lengths.shape(1) == table.shape(1), "lengths ", shape(lengths),
           " must be (b, h) of the page table ", shape(table), ".");
+  for (const Side* side : {&k, &v})
+    require(!side->books || side->books->heads == 1 || side->books->heads == int(table.shape(1)), "Books of ",
+            side->books ? side->books->heads : 0, " KV heads, a page table of ", table.shape(1), ". Both must be the same.");
   auto part = std::make_unique<HeldPart>();
   part->k = k, part->v = v, part->d = k.d, part->b = int(table.shape(0)), part->h = int(table.shape(1));
   part->rows.resize(size_t(part->b) * size_t(part->h));
@@ -285,6 +302,8 @@ void merge_parts(const std::vector<Floats4>& outs, const std::vector<Lse>& lses)
 void bind_attention(nb::module_& m) {
   nb::class_<Side>(m, "Side").def(nb::new_(&new_side), "bits"_a, "d"_a, "start"_a, "bytes"_a,
                               "codes"_a, "planes"_a, "table"_a, "half"_a, "channels_first"_a);
+  m.def("books_side", &new_books_side, "d"_a, "start"_a, "bytes"_a, "codes"_a, "planes"_a, "index"_a, "stages"_a,
+        nb::rv_policy::take_ownership);
   nb::class_<HeldPart>(m, "Part");
   m.def("pages_part", &pages_part, "pool"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "k"_a, "v"_a,
         "k_signs"_a.noconvert().none(), "v_signs"_a.noconvert().none(), nb::rv_policy::take_ownership);

@@ -37,6 +37,12 @@ struct alignas(64) Groups {
   float weight_gain[STRIP], low[STRIP], mass[STRIP];
 };
 
+// What the `vq` recipe keeps of all entries for up to two strips, and a block's decoded values for more rows. See lookups.h.
+struct alignas(64) Entries {
+  float products[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP], weights[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP];
+  float k[BLOCK * MAX_HEAD_DIM], v[BLOCK * MAX_HEAD_DIM];
+};
+
 // The running softmax of a job's rows, in lanes that are added up at the end.
 struct alignas(64) Sums {
   float mass[ROWS * LANES];    // of exponentials
@@ -77,6 +83,7 @@ struct Scratch {
   Strip strip[STRIPS];
   Products products;
   Groups groups;
+  Entries entries;
   const float* log8;  // what the 256 codes of a logarithmic scale stand for
 };
 

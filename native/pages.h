@@ -1,6 +1,9 @@
 // What kernels see of packed pages and dense tokens. Plain data: no ISA, no Python.
 #pragma once
 #include <cstdint>
+#include <memory>
+
+#include "books.h"
 
 namespace tersekv {
 
@@ -17,12 +20,14 @@ struct Plane {
   explicit operator bool() const { return kind != Kind::none; }
 };
 
-// How the keys or the values of a block become numbers: the `grid` or `trellis` recipe, or `dense` if `bits` is 0.
+// How the keys or the values of a block become numbers: the `grid` or `trellis` recipe, or, if `bits` is 0, `vq` where there
+// are books and `dense` where not.
 struct Side {
   int bits = 0;                  // of a code; 0: plane `values` holds the numbers themselves
   int d = 0;                     // head dim
   int start = 0, bytes = 0;      // of this side in the page
-  int codes = 0;                 // offset of the codes plane, in the simd or trellis order of its side
+  int codes = 0, codes2 = 0;     // offset of the codes plane, in the simd or trellis order of its side, and of that of a second stage
+  std::shared_ptr<const Books> books;  // of `vq`, whose codes are indices in the linear order
   Plane values;                  // dense only
   Plane scale, zero;             // one number for each token
   Plane channel_scale, channel_zero;  // one number for each channel
@@ -79,6 +84,7 @@ struct Job {
   int first_row;    // of this job among the rows of its KV head
   float scale;
   bool exact;       // fp32 look-ups and products instead of int8
+  int head;         // among the KV heads
   bool first_level;  // the cache into which memory is asked for; otherwise the second
 };
 

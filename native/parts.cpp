@@ -81,7 +81,7 @@ class Step {
 
   void add(const Part& part) {
     Plan plan;
-    plan.attention = Attention{&part.k, &part.v, part.rows, nullptr, per_head_, r_.d, r_.n, r_.scale, r_.exact};
+    plan.attention = Attention{&part.k, &part.v, part.rows, nullptr, per_head_, r_.d, r_.n, r_.h, r_.scale, r_.exact};
     plan.in = index_of(in_, part.k_signs), plan.out = index_of(out_, part.v_signs);
     plans_.push_back(std::move(plan));
   }

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "groups.h"
+#include "lookups.h"
 
 namespace tersekv::TERSEKV_ISA {
 
@@ -10,7 +11,9 @@ class Run {
  public:
   Run(const Job& job, Scratch& scratch, Partial out)
       : job_(job), q_(scratch.q), sums_(scratch.sums), blocks_(scratch.block), strips_(scratch.strip),
-        products_(scratch.products), groups_(job, scratch), log8_(scratch.log8), out_(out), d_(job.d),
+        products_(scratch.products), groups_(job, scratch),
+        k_books_(*job.k, job, scratch.entries.products, scratch.entries.k),
+        v_books_(*job.v, job, scratch.entries.weights, scratch.entries.v), log8_(scratch.log8), out_(out), d_(job.d),
         k_int8_(!job.exact && job.k->bits && job.k->bits < 8),
         v_int8_(!job.exact && job.v->bits && job.v->bits < 8),
         shared_(job.rows > 2 * Isa::STRIP),
@@ -36,6 +39,7 @@ class Run {
   Strip* strips_;
   Products& products_;
   InGroups groups_;
+  const Lookups k_books_, v_books_;
   const float* log8_;
   Partial out_;
   const int d_;
@@ -43,7 +47,7 @@ class Run {
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
   const int group_;    // query rows that share a pass over a block: a strip, or more where matrices are multiplied
   std::optional<Isa::Matrix> matrix_;
-  static constexpr Side NOTHING = {};  // of which no plane is read
+  static inline const Side NOTHING = {};  // of which no plane is read
 
   void begin() {
     for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
@@ -65,9 +69,23 @@ class Run {
     for (; i < job_.rows * d_; i++) q_.scaled[i] = job_.q[i] * scale[0];
     if (!job_.k->channel_scale) prepare(q_.scaled);
     groups_.begin(q_.scaled);
+    each_strip_of_books([&](int strip, int r, int rows) {
+      if (k_books_) k_books_.multiply(q_.scaled + r * d_, rows, strip);
+      if (v_books_) v_books_.clear(strip);
+    });
+  }
+
+  // Strips that keep something of all entries of a book.
+  template <class Visit>
+  void each_strip_of_books(Visit visit) {
+    if (shared_ || !(k_books_ || v_books_)) return;
+    for (int r = 0; r < job_.rows; r += Isa::STRIP) visit(r / Isa::STRIP, r, least(Isa::STRIP, job_.rows - r));
   }
 
   void end() {
+    each_strip_of_books([&](int strip, int r, int rows) {
+      if (v_books_) v_books_.add_entries(strip, rows, out_.out + r * d_);
+    });
     for (int r = 0; r < job_.rows; r++) {
       out_.sum[r] = Isa::sum(Isa::load<Floats>(sums_.mass + LANES * r));
       const float common = Isa::sum(Isa::load<Floats>(sums_.common + LANES * r));
@@ -88,7 +106,7 @@ class Run {
   // from block to block, and levels of many blocks would not stay in the first-level cache, so such tiles are of one
   // block; products of matrices want more.
   void attend_tile(int64_t first, int count) {
-    const int step = (shared_ && !matrix_) || job_.k->channel_scale || groups_.any() ? 1 : count;
+    const int step = (shared_ && (!matrix_ || k_books_ || v_books_)) || job_.k->channel_scale || groups_.any() ? 1 : count;
     for (int64_t b = first; b < first + count; b += step) {
       bool whole = !job_.tokens.causal;
       for (int i = 0; i < step; i++) {
@@ -149,6 +167,8 @@ class Run {
 
   void read_planes(Block& block) {
     const Side &ks = groups_.keys() ? NOTHING : *job_.k, &vs = groups_.values() ? NOTHING : *job_.v;
+    if (k_books_) k_books_.read(block.k, block.k_levels);
+    if (v_books_) v_books_.read(block.v, block.v_levels);
     if (groups_.any()) groups_.read(block, q_.scaled, log8_);
     read_plane(block.k, ks.scale, BLOCK, log8_, 1, block.k_scale);
     read_plane(block.v, vs.scale, BLOCK, log8_, 1, block.v_scale);
@@ -226,7 +246,12 @@ class Run {
     const int width = of_bits(levels ? LOOKED_UP : s.bits);
     if (groups_.keys()) return groups_.score(codes, width, ahead, r, rows, scores);
     const float* q = q_.folded + r * d_;
-    if (!s.bits) {
+    if (k_books_) {
+      for (int u = 0; u < d_ / 8; u++) ahead(u);
+      if (!shared_) return k_books_.score(block.k_levels, r / Isa::STRIP, rows, scores);
+      if (r == 0) k_books_.decode(block.k_levels);
+      SCORE_DENSE[0][rows - 1](k_books_.decoded(), 4 * d_, block.last, d_, q, scores);
+    } else if (!s.bits) {
       const uint8_t* keys = block.k + s.values.offset;
       SCORE_DENSE[of_kind(s.values.kind)][rows - 1](keys, dense_stride(s, job_.tokens.k_stride), block.last, d_, q, scores);
     } else if (k_int8_) {
@@ -254,7 +279,12 @@ class Run {
     const uint8_t* codes = levels ? levels : block.v + s.codes;
     const int width = of_bits(levels ? LOOKED_UP : s.bits);
     if (groups_.values()) return groups_.mix(codes, width, ahead, strip, rows, out_.out + r * d_);
-    if (!s.bits) {
+    if (v_books_) {
+      for (int u = 0; u < d_ / 8; u++) ahead(u);
+      if (shared_ && r == 0) v_books_.decode(block.v_levels);
+      if (shared_) MIX_DENSE[0][rows - 1](v_books_.decoded(), 4 * d_, block.last, d_, weights, fade, gain, out);
+      else v_books_.add_weights(block.v_levels, r / Isa::STRIP, rows, weights, later);
+    } else if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
       MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, fade, gain, out);

@@ -111,4 +111,33 @@ Side make_side(int bits, int d, int start, int bytes, int codes, const std::vect
   return side;
 }
 
+std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim, std::vector<std::vector<float>> stages) {
+  require(index >= 2 && index <= 8 && dim >= 4 && dim % 4 == 0, "Indices of ", index, " bits to sub-vectors of ", dim,
+          ". Allowed: 2 to 8 bits, multiples of 4.");
+  require(!stages.empty() && stages.size() <= MAX_STAGES, stages.size(), " stages. Allowed: 1 or 2.");
+  for (const auto& stage : stages)
+    require(heads > 0 && places > 0 && int64_t(stage.size()) == (int64_t(heads) * places * dim << index), "Books of ", stage.size(),
+            " numbers for ", heads, " heads and ", places, " places. They must have ", 1 << index, " entries of ", dim, " each.");
+  auto books = std::make_shared<Books>();
+  books->index = index, books->heads = heads, books->places = places, books->dim = dim, books->stages = std::move(stages);
+  return books;
+}
+
+Side make_books_side(int d, int start, int bytes, int codes, int codes2, const std::vector<PlaneArgs>& planes,
+                     std::shared_ptr<const Books> books) {
+  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0 && d % books->dim == 0, "head_dim ", d, " with sub-vectors of ", books->dim,
+          ". Allowed: a multiple of 16 and of them, up to ", MAX_HEAD_DIM, ".");
+  const int places = d / books->dim, packed = BLOCK * places * books->index / 8;
+  require(books->places == 1 || books->places == places, "Books for ", books->places, " places. Allowed: 1 or ", places, ".");
+  for (const int at : {codes, books->stages.size() > 1 ? codes2 : codes})
+    require(at >= 0 && at + packed <= bytes, "A plane of codes at byte ", at, " ends beyond the ", bytes, " bytes of its block.");
+  Side side;
+  side.d = side.channels_each = d, side.start = start, side.bytes = bytes, side.codes = codes, side.codes2 = codes2;
+  side.books = std::move(books);
+  for (const PlaneArgs& plane : planes) set_plane(side, plane);
+  check_groups(side, planes);
+  require(!side.values && !side.zero && !side.channel_scale, "Books have no planes values, zero and channel_scale. Allowed: scale, channel_zero.");
+  return side;
+}
+
 }  // namespace tersekv

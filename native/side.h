@@ -17,4 +17,11 @@ using PlaneArgs = std::tuple<std::string, std::string, int, int, int>;
 Side make_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
                const std::vector<float>& table, float half, bool channels_first);
 
+// A side of the `vq` recipe; `codes2`: of the second stage, if there is one.
+Side make_books_side(int d, int start, int bytes, int codes, int codes2, const std::vector<PlaneArgs>& planes,
+                     std::shared_ptr<const Books> books);
+
+// A stage is (heads, places, entries, dim).
+std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim, std::vector<std::vector<float>> stages);
+
 }  // namespace tersekv

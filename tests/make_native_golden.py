@@ -16,6 +16,7 @@ from tersekv.layout import Layout
 from tersekv.ops import native
 from tersekv.ops.recipe import Dense, Grid
 from tersekv.ops.trellis import Trellis
+from tersekv.ops.vq import VectorLookup
 
 ALL = "scale:fp16 zero:fp16 channel_scale:fp16 channel_zero:fp16"
 KIVI_K = "{0} positive channel_scale/{1}:fp16 channel_zero/{1}:fp16"
@@ -38,6 +39,8 @@ CASES = [
     (KIVI_K.format(4, 16), KIVI_V.format(3, 16), 80, 3, 6, [[65]]),
     (KIVI_V.format(3, 32), KIVI_K.format(4, 32), 128, 2, 1, [[70, 64]]),
     (f"3 uniform first=channel {FIRST}", f"8 uniform first=channel {FIRST}", 96, 5, 1, [[127]]),
+    ("vq 8x8 scale:log8 channel_zero:int8", "vq 16x6x2 scale:log8", 64, 3, 1, [[130, 1]]),
+    ("vq 16x6 own", "vq 8x5 own channel_zero:fp16", 80, 5, 4, [[70, 64]]),
     ("dense fp32", "dense bf16", 72, 3, 1, [[65, 2]]),
     ("dense fp16", "2 normal scale:log8", 80, 2, 3, [[65]]),
     ("2 normal scale:log8", "dense fp16", 80, 2, 3, [[65]]),
@@ -49,9 +52,11 @@ def put(file: BinaryIO, x: Any, dtype: type | str) -> None:
     file.write(np.int32(array.size).tobytes() + array.tobytes())
 
 
-def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid | Trellis, start: int) -> None:
+def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid | Trellis | VectorLookup, start: int) -> None:
     planes = [p for p in layout.planes if p.kind != "code" and not p.name.endswith("_step")]
-    bits, codes = (0, 0) if isinstance(recipe, Dense) else (layout.code_bits, layout.offsets["codes"])
+    books = recipe.tables.stages if isinstance(recipe, VectorLookup) else ()
+    bits = 0 if books or isinstance(recipe, Dense) else layout.code_bits
+    codes = layout.offsets.get("codes", 0)
     first = isinstance(recipe, Grid) and recipe.first == "channel"
     put(file, [bits, layout.d, start, layout.nbytes, codes, len(planes), first], np.int32)
     for plane in planes:
@@ -59,7 +64,14 @@ def put_side(file: BinaryIO, layout: Layout, recipe: Dense | Grid | Trellis, sta
         put(file, plane.kind, "")
         step, groups = layout.offsets.get(plane.name + "_step", -1), native.groups(layout, plane)
         put(file, [layout.offsets[plane.name], step, groups], np.int32)
-    put(file, [] if isinstance(recipe, Dense) else recipe.table, np.float32)
+    put(file, recipe.table if isinstance(recipe, Grid | Trellis) else [], np.float32)
+    if books:
+        heads, places, _, dim = books[0].shape
+        put(file, [layout.code_bits, heads, places, dim, layout.offsets.get("codes2", 0), len(books)], np.int32)
+        for stage in books:
+            put(file, stage, np.float32)
+        return
+    put(file, [], np.int32)
     put(file, [recipe.half if isinstance(recipe, Trellis) else 0], np.float32)
 
 

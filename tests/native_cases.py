@@ -3,6 +3,8 @@
 No codec has all planes at once, so sides are made here: text such as "3 normal scale:log8 channel_zero:int8", or
 "2 trellis scale:log8" or "dense fp16". A plus sign, "scale:+fp16": no negative ones. "scale/32:fp16": one for 32
 channels of a token, "channel_scale/32:fp16": for 32 tokens of a channel. "3 uniform first=channel ...": channels first.
+"vq 8x6 scale:log8": indices of 6 bits to sub-vectors of 8, "8x6x2" in two stages, "8x6x2 own" in books of each head and
+place.
 """
 
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from tersekv.layout import BLOCK, KIND_BITS, Layout, Plane
 from tersekv.ops import Pages, native
-from tersekv.ops.planes import read, read_codes, to_bytes
+from tersekv.ops.planes import read, read_codes, to_bytes, unpack_codes
 from tersekv.ops.recipe import Dense, Grid
 from tersekv.ops.trellis import STATES, Trellis, walk
+from tersekv.ops.vq import PLANES, Tables, VectorLookup
 from tersekv.packed import Packed, repack
 
 
@@ -25,7 +28,8 @@ class Side:
     """Pages of one side in the linear order."""
 
     packed: Packed
-    recipe: Dense | Grid | Trellis
+    recipe: Dense | Grid | Trellis | VectorLookup
+    heads: Tensor  # KV head of each page
 
     @property
     def int8(self) -> bool:
@@ -56,12 +60,34 @@ class Side:
             values = values.repeat_interleave(BLOCK // values.shape[-2], -2)
         return values.double()
 
+    def stages(self) -> list[Tensor]:
+        """Of `vq`, what each stage adds: (pages, 64, d)."""
+        assert isinstance(self.recipe, VectorLookup)
+        tables, places = self.recipe.tables, self.packed.layout.plane("codes").cols
+        pages, place = self.heads[:, None, None], torch.arange(places)
+        found = []
+        for name, table in zip(PLANES, tables.stages, strict=False):
+            bits = self.packed.layout.plane(name).bits
+            codes = unpack_codes(self.packed.plane(name), bits).unflatten(-1, (BLOCK, places)).long()
+            one_head, one_place = (n == 1 for n in table.shape[:2])
+            found.append(table.double()[0 * pages if one_head else pages, 0 * place if one_place else place, codes])
+        return [x.flatten(-2) for x in found]
+
+    def size(self) -> Tensor:
+        """Magnitude of what is summed up to `table`."""
+        if isinstance(self.recipe, VectorLookup):
+            return torch.stack(self.stages()).abs().sum(0)
+        return self.table()[0].abs()
+
     def table(self) -> tuple[Tensor, Tensor]:
         """What each stored element stands for before scales, exactly and on the 128 levels of the int8 route."""
         if isinstance(self.recipe, Dense):
             values = read(self.packed, "values")
             assert values is not None
             return values.double(), values.double()
+        if isinstance(self.recipe, VectorLookup):
+            total = torch.stack(self.stages()).sum(0)
+            return total, total
         table = np.array(self.recipe.table, dtype=np.float32)
         if isinstance(self.recipe, Trellis):  # its entries are levels
             t = torch.from_numpy(table).double()[walk(read_codes(self.packed), self.recipe.bits)]
@@ -106,17 +132,33 @@ def _recipe(form: str, bits: int, first: str) -> Grid | Trellis:
     return Grid(tuple(NormalDist().inv_cdf((i + 0.5) / 2**bits) for i in range(2**bits)), first)
 
 
-def make_side(text: str, d: int, pages: int) -> Side:
+def _books(form: str, own: bool, d: int, heads: int) -> tuple[list[Plane], VectorLookup]:
+    dim, index, *stages = map(int, form.split("x"))
+    shape = (heads if own else 1, d // dim if own else 1, 2**index, dim)
+    tables = tuple(torch.randn(shape).half() for _ in range(stages[0] if stages else 1))
+    planes = [Plane(name, BLOCK, d // dim, index) for name in PLANES[: len(tables)]]
+    return planes, VectorLookup(Tables(f"{torch.rand(()):.9f}", tables))
+
+
+def make_side(text: str, d: int, heads: Tensor) -> Side:
+    """`heads`: the KV head of each page."""
     first, form, *rest = text.split()
-    if first == "dense":
+    pages = len(heads)
+    if first == "vq":
+        planes, recipe = _books(form, "own" in rest, d, int(heads.max()) + 1 if pages else 1)
+        planes += [_plane(word, d) for word in rest if ":" in word]
+        planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
+    elif first == "dense":
         planes = [Plane("values", BLOCK, d, KIND_BITS[form], form)]
-        recipe: Dense | Grid | Trellis = Dense()
+        recipe = Dense()
     else:
         planes = [Plane("codes", BLOCK, d, int(first)), *(_plane(word, d) for word in rest if "=" not in word)]
         planes += [Plane(p.name + "_step", 1, 1, 16, "fp16") for p in planes if p.kind == "int8"]
         recipe = _recipe(form, int(first), "channel" if "first=channel" in rest else "token")
     layout = Layout(d, tuple(planes))
-    return Side(Packed.assemble(layout, {p.name: _content(p, pages, f"{p.name}:+" in text) for p in planes}), recipe)
+    return Side(
+        Packed.assemble(layout, {p.name: _content(p, pages, f"{p.name}:+" in text) for p in planes}), recipe, heads
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +184,8 @@ def make_case(k: str, v: str, d: int, g: int, n: int, lengths: list[list[int]]) 
     table = torch.full(used.shape, -1, dtype=torch.int32)
     table[used] = place.to(torch.int32)
     left = (count[..., None] - starts)[used].clamp(max=BLOCK)
-    sides = [make_side(text, d, total) for text in (k, v)]
+    heads = torch.arange(count.shape[1])[:, None].expand(used.shape)[used]
+    sides = [make_side(text, d, heads) for text in (k, v)]
     for side in sides:
         _poison(side.packed, left)
     pools = []

@@ -31,6 +31,7 @@ class Tokens:
     """The numbers of one row's tokens, in fp64: (t, d), or (t, 1) for those of whole tokens."""
 
     t: Tensor
+    size: Tensor  # magnitude of what is summed up to t
     near: Tensor  # t on the 128 levels
     scale: Tensor
     zero: Tensor
@@ -55,16 +56,16 @@ class Tokens:
     def magnitude(self) -> Tensor:
         """The sum of the terms' magnitudes: what a rounding is relative to."""
         if self.channels_first:
-            parts = (self.t * self.channel_scale).abs() + self.channel_zero.abs()
+            parts = (self.size * self.channel_scale).abs() + self.channel_zero.abs()
             return parts * self.scale.abs() + self.zero.abs()
-        parts = (self.t * self.scale).abs() + self.zero.abs()
+        parts = (self.size * self.scale).abs() + self.zero.abs()
         return parts * self.channel_scale.abs() + self.channel_zero.abs()
 
 
 def tokens(side: Side, pages: slice, length: int) -> Tokens:
     t, near = side.table()
     others = [("scale", 1.0), ("zero", 0.0), ("channel_scale", 1.0), ("channel_zero", 0.0)]
-    numbers = [t, near, *(side.numbers(name, otherwise) for name, otherwise in others)]
+    numbers = [t, side.size(), near, *(side.numbers(name, otherwise) for name, otherwise in others)]
     cut = [x.expand(len(t), 64, -1)[pages].flatten(0, 1)[:length] for x in numbers]
     return Tokens(*cut, side.channels_first, side.channels_each, side.middle)
 

@@ -17,7 +17,7 @@ BUDGET = {
     "eval": 1440,
     "hf": 1140,
     "models": 600,
-    "ops": 1540,
+    "ops": 1570,
     "ops/cuda": 1220,
     "policy": 1330,
     "reports": 840,

@@ -38,6 +38,18 @@ SIDES = {
     "fp16/3 bits": ("dense fp16", "3 normal scale:log8"),
     "2 bits/fp32": ("2 normal scale:log8 channel_zero:int8", "dense fp32"),
     "1 bit/fp16": (f"1 uniform {ALL}", "dense fp16"),
+    "vq": ("vq 8x8 scale:log8 channel_zero:int8", "vq 8x8 scale:log8"),
+    "vq of 16": ("vq 16x6 scale:log8 channel_zero:int8", "vq 16x8 scale:fp16"),
+    "vq, two stages": ("vq 16x8x2 scale:log8", "vq 8x6x2 scale:log8 channel_zero:int8"),
+    "vq, own books": ("vq 16x6 own", "vq 8x5 own"),
+    "vq, own books, two stages": (
+        "vq 4x4x2 own scale:fp16",
+        "vq 16x3x2 own scale:fp16 channel_zero:fp16",
+    ),
+    "vq/grid": ("vq 4x8 scale:log8", "3 normal scale:log8"),
+    "grid/vq": ("4 uniform scale:fp16 zero:fp16", "vq 4x8 scale:log8"),
+    "vq/fp16": ("vq 8x2", "dense fp16"),
+    "groups/vq": (CHANNELS.format(2, 32), "vq 8x8 own scale:log8"),
     "groups, as KIVI": (CHANNELS.format(2, 32), TOKENS.format(2, 16)),
     "groups of 16": (CHANNELS.format(4, 16), TOKENS.format(3, 16)),
     "groups, the other way": (TOKENS.format(4, 16), CHANNELS.format(3, 32)),
@@ -105,9 +117,14 @@ def test_every_group(g: int) -> None:
     check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))
 
 
-@pytest.mark.parametrize(
-    ("d", "each", "g"), [(64, 32, 4), (96, 48, 1), (128, 32, 4), (128, 64, 9), (256, 32, 2), (512, 16, 1)]
-)
+WIDTHS = [(64, 32, 4), (96, 48, 1), (128, 32, 4), (128, 64, 9), (256, 32, 2), (512, 16, 1)]
+
+
+def test_books_at_the_largest_head_dim() -> None:
+    check(make_case("vq 4x8x2 scale:log8", "vq 4x8x2 scale:log8", 512, 8, 1, [[70]]))
+
+
+@pytest.mark.parametrize(("d", "each", "g"), WIDTHS)
 def test_groups_of_every_width(d: int, each: int, g: int) -> None:
     check(make_case(CHANNELS.format(2, 32), TOKENS.format(2, each), d, g, 1, RAGGED))
     check(make_case(TOKENS.format(4, each), CHANNELS.format(4, 16), d, g, 1, [[130]]))

@@ -58,6 +58,7 @@ def test_ops_run_the_kernels() -> None:
         "k=intn:bits=8,axis=channel v=none",
         "kivi:bits=2,group=16",
         "direction",
+        "vq:dim=4",
     ],
 )
 def test_transformers_decodes_with_the_kernels(
@@ -98,6 +99,9 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
         ("trellis:bits=4", ""),
         ("kvquant", "recipe grid with outliers"),
         ("kvquant:outliers=0", ""),
+        ("vq", ""),
+        ("vq:dim=16,index=6,stages=2", ""),
+        ("k=vq:dim=4,mean=none v=vq:mean=block", ""),
         ("kivi", ""),
         ("k=kivi:bits=4,group=16 v=kivi:bits=3,group=16", ""),
         ("k=kivi:axis=token v=kivi:axis=channel", ""),

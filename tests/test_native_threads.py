@@ -36,9 +36,10 @@ def same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("isa", RUN)
+@pytest.mark.parametrize("sides", ["2/3 bits, mean", "groups, as KIVI", "channels first", "vq, own books"])
 @pytest.mark.parametrize(("n", "lengths"), [(1, [[3000, 1025], [1, 1024]]), (40, [[130, 64]]), (1, RAGGED)])
-def test_any_number_of_threads(n: int, lengths: list[list[int]], isa: str) -> None:
-    case = make_case(*SIDES["2/3 bits, mean"], 64, 4, n, lengths)
+def test_any_number_of_threads(n: int, lengths: list[list[int]], sides: str, isa: str) -> None:
+    case = make_case(*SIDES[sides], 64, 4, n, lengths)
     results = []
     for threads in (1, 2, 3, 8, 1):
         torch.set_num_threads(threads)

@@ -52,6 +52,13 @@ inline Side read_side(Reader& r) {
     planes.emplace_back(name, kind, at[0], at[1], at[2]);
   }
   const std::vector<float> table = r.many<float>();
+  const std::vector<int32_t> books = r.many<int32_t>();  // index, heads, places, dim, codes2, stages; or none
+  if (!books.empty()) {
+    std::vector<std::vector<float>> stages;
+    for (int i = 0; i < books[5]; i++) stages.push_back(r.many<float>());
+    auto made = make_books(books[0], books[1], books[2], books[3], std::move(stages));
+    return make_books_side(n[1], n[2], n[3], n[4], books[4], planes, std::move(made));
+  }
   return make_side(n[0], n[1], n[2], n[3], n[4], planes, table, r.many<float>().at(0), n[6]);
 }
 

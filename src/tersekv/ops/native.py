@@ -13,6 +13,7 @@ from tersekv.layout import Layout, Plane
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Dense, Grid, Recipe
 from tersekv.ops.trellis import Trellis
+from tersekv.ops.vq import PLANES, VectorLookup
 
 if find_spec("tersekv._native") is None:  # installed without a compiler
     _native: Any = None
@@ -47,9 +48,11 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
         return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):
         return None
+    if isinstance(recipe, VectorLookup):
+        return _refused_books(layout, recipe)
     trellis = isinstance(recipe, Trellis)
     if not isinstance(recipe, Grid | Trellis):
-        return f"recipe {recipe.name}: they read dense, grid and trellis."
+        return f"recipe {recipe.name}: they read dense, grid, trellis and vq."
     if trellis and not layout.takes("trellis_k"):
         return f"a trellis at head dim {layout.d}: they read multiples of 32."
     if not layout.takes("simd_k"):
@@ -57,6 +60,15 @@ def refusal(layout: Layout, recipe: Recipe) -> str | None:
     if layout.plane("codes").cols != layout.d:
         return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     return _refused_numbers(layout, recipe)
+
+
+def _refused_books(layout: Layout, recipe: VectorLookup) -> str | None:
+    if layout.d % 16:
+        return f"recipe vq at head dim {layout.d}: they read multiples of 16."
+    dim, index = recipe.tables.dim, layout.code_bits
+    if dim % 4 or index < 2:
+        return f"indices of {index} bits to sub-vectors of {dim}: they read 2 bits and more, multiples of 4 values."
+    return None
 
 
 def _refused_numbers(layout: Layout, recipe: Grid | Trellis) -> str | None:
@@ -90,7 +102,11 @@ def order(layout: Layout, recipe: Recipe, side: str) -> str:
 
 
 def _order(recipe: Recipe, side: str) -> str:
-    return "linear" if isinstance(recipe, Dense) else f"{'trellis' if isinstance(recipe, Trellis) else 'simd'}_{side}"
+    return (
+        "linear"
+        if isinstance(recipe, Dense | VectorLookup)
+        else f"{'trellis' if isinstance(recipe, Trellis) else 'simd'}_{side}"
+    )
 
 
 def reads(pages: Pages) -> bool:
@@ -110,6 +126,10 @@ def _side(layout: Layout, recipe: Recipe, start: int) -> Any:
     planes = [(*_plane(layout, p), groups(layout, p)) for p in numbers]
     if isinstance(recipe, Dense):
         return _native.Side(0, layout.d, start, layout.nbytes, 0, planes, [], 0, False)
+    if isinstance(recipe, VectorLookup):
+        stages = [array(stage.float().cpu().contiguous()) for stage in recipe.tables.stages]
+        codes = [layout.offsets[name] for name in PLANES if name in layout]
+        return _native.books_side(layout.d, start, layout.nbytes, codes, planes, layout.code_bits, stages)
     assert isinstance(recipe, Grid | Trellis)  # for the type checker: `refusal` let it through
     half = recipe.half if isinstance(recipe, Trellis) else 0.0
     first = isinstance(recipe, Grid) and recipe.first == "channel"
