@@ -13,12 +13,12 @@ namespace tersekv::TERSEKV_ISA {
 class InGroups {
  public:
   InGroups(const Job& job, Scratch& scratch)
-      : job_(job), g_(scratch.groups), k_(*job.k), v_(*job.v), d_(job.d), k_int8_(!job.exact && k_.bits < 8),
-        v_int8_(!job.exact && v_.bits < 8) {}
+      : job_(job), g_(scratch.groups), k_(*job.k), v_(*job.v), d_(job.d), keys_(k_.in_groups()), values_(v_.in_groups()),
+        k_int8_(!job.exact && k_.bits < 8), v_int8_(!job.exact && v_.bits < 8) {}
 
-  bool keys() const { return k_.in_groups(); }
-  bool values() const { return v_.in_groups(); }
-  bool any() const { return keys() || values(); }
+  bool keys() const { return keys_; }
+  bool values() const { return values_; }
+  bool any() const { return keys_ || values_; }
 
   void begin(const float* scaled) {
     if (k_.in_channel_groups()) prepare_by_channels(scaled);
@@ -67,7 +67,7 @@ class InGroups {
   Groups& g_;
   const Side &k_, &v_;
   const int d_;
-  const bool k_int8_, v_int8_;
+  const bool keys_, values_, k_int8_, v_int8_;
 
   // Of codes of `channels` channels of a block.
   static int bytes(int channels, int width) { return BLOCK / 8 * channels * (width == 4 ? 8 : width + 1); }
