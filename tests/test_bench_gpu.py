@@ -8,12 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tersekv import InputError
-from tersekv.bench import gpu, gpu_dense, gpu_run, verbs
+from tersekv.bench import gpu, gpu_dense, gpu_generate, gpu_run, verbs
 from tersekv.bench.gpu_tables import GpuResult, tables
 from tersekv.errors import TersekvError
 from tersekv.ops import cuda
 from tersekv.spec import parse
-from tersekv.terminal import to_text
+from tersekv.terminal import Stages, to_text
 
 RUNS = Path(__file__).parents[1] / "runs"
 TIMES = {"median": 2e-5, "p20": 1e-5, "p80": 3e-5}
@@ -50,10 +50,25 @@ def test_tables() -> None:
     settings = {"vectors": 64, "d": 128}
     record = {"bench": "encode cuda", "settings": settings, "rows": [one | {"share_of_copy": 0.5}]}
     assert "5.00" in to_text(GpuResult(record))
+    row = {"b": 2, "t": 4096, "name": "4 bits", "way": "in a CUDA graph", "seconds": TIMES, "host_seconds": 3e-4}
+    said = to_text(GpuResult({"bench": "generate cuda", "rows": [row]}), 120)
+    assert all(words in said for words in ("in a CUDA graph", "0.02 (0.01-0.03)", "100,000", "300"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_generate_is_timed_both_ways() -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plan = gpu_generate.Plan({"vocab_size": 97, "num_key_value_heads": 2, "head_dim": 64} | sizes, ((2, 200),))
+    record = gpu_generate.generate(plan, "cuda", Stages())
+    ways = [row["way"] for row in record["rows"]]
+    assert ways == ["eager", *["eager", "in a CUDA graph"] * 2] and record["rows"][2]["host_seconds"] > 0
 
 
 @pytest.mark.skipif(cuda.missing() is None, reason="there are CUDA kernels here")
 def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(InputError, match=r'--device "cuda": '):
+        gpu_generate.generate(gpu_generate.Plan(), "cuda", Stages())
     with pytest.raises(InputError, match=r'--device "cuda": '):
         gpu_run.attend([], "cuda")
 

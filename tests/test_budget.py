@@ -10,12 +10,12 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3780,
+    ".": 3830,
     "bench": 2400,
     "calibrate": 1420,
     "codecs": 1520,
     "eval": 1440,
-    "hf": 1140,
+    "hf": 1480,
     "models": 600,
     "ops": 1580,
     "ops/cuda": 1220,

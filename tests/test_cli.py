@@ -37,6 +37,7 @@ VERBS = {
     "bench-encode": ["bench", "encode"],
     "bench-attend": ["bench", "attend"],
     "bench-decode": ["bench", "decode"],
+    "bench-generate": ["bench", "generate"],
 }
 SCRIPT = """
 import sys

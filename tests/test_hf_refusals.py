@@ -85,7 +85,9 @@ def test_mismatched_input_is_refused(llama: PreTrainedModel, ids: Tensor) -> Non
         x = torch.zeros(2, 2, 1, 32)
         for bad, said in ((x.double(), "dtype"), (x[..., :16], "head dim"), (x[:, :1], "KV heads")):
             with pytest.raises(InputError, match=said):
-                cache.update(bad, bad, 0)
+                cache.layers[0].extend(bad, bad, bad, None, 1.0, "fused")
+            with pytest.raises(InputError, match=said):
+                cache.layers[0].update(bad, bad)
         with pytest.raises(InputError, match="device"):
             cache.layers[0].update(x.to("meta"), x.to("meta"))
         assert lengths(cache) == [PROMPT] * 3

@@ -20,7 +20,6 @@ from tersekv.errors import CacheError, InputError
 from tersekv.ops import new_pool
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Policy
-from tersekv.policy.queryaware import QueryAware
 from tersekv.policy.window import Window
 from tersekv.ragged import take
 from tersekv.tiers import Tiers
@@ -37,10 +36,16 @@ class DeviceTail:
         sink, recent, packed = tiers.dense["sink"], tiers.dense["recent"], tiers.packed["packed"]
         self.policy, self.block, self.was = policy, packed.block, packed.lengths
         self.more = ceil(room / self.block)  # blocks that every row can still take
-        self.packed, self.next = packed.lengths.copy(), packed.lengths + recent.lengths  # as on the device
-        self.start, self.offset = self.next.copy(), tiers.seen - self.next  # a token's position is its number + offset
+        self.packed, self.start = packed.lengths.copy(), packed.lengths + recent.lengths
+        self.offset = tiers.seen - self.start  # a token's position is its number + offset
         self.written = self.held_since = 0
-        slots = ceil((policy.recent + self.block - 1 + n) / self.block) * self.block
+        waiting = policy.recent + self.block - 1  # tokens of a row of which no block is due, at most
+        slots = ceil((waiting + n) / self.block) * self.block
+        self.widest = slots - waiting  # tokens of a step
+        # As counts of tokens written, so that a step asks for no row's length: where the first block is due, and the
+        # room is used up.
+        self.due_at = self._due_at()
+        self.last = int((self.was + self.more * self.block + waiting - self.start).min())
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             self.tiers = self._moved(tiers, slots)
             device, (b, h, _, d) = packed.pool.device, recent.k.shape
@@ -52,22 +57,33 @@ class DeviceTail:
                 sinks=torch.from_numpy(sink.lengths).to(device),
                 ring_k=now["recent"].k,
                 ring_v=now["recent"].v,
-                next=torch.from_numpy(self.next.astype(np.int32)).to(device),
+                next=torch.from_numpy(self.start.astype(np.int32)).to(device),
                 bad=torch.zeros(1, dtype=torch.int32, device=device),
                 arrived=torch.zeros(COUNTERS * b * h * group, dtype=torch.int32, device=device),
             )
         self.signs = ops.step_signs(packed.k.rotation, packed.v.rotation, d, device)
 
     @staticmethod
+    def refusal(tiers: Tiers, policy: Policy) -> str:
+        """Why decoding steps behind these tiers are not a matter of launches alone; empty if they are."""
+        packed = tiers.packed.get("packed")
+        if not isinstance(policy, Window) or not policy.steps_on_device or packed is None:
+            return "the policy does more with new tokens than to pack them in the order in which they came"
+        if not (packed.k.folds_by_rotation and packed.v.folds_by_rotation) or packed.block != ops.BLOCK:
+            return f"a codec's domain is more than a rotation away, or its blocks are not of {ops.BLOCK} tokens"
+        if policy.asking(tiers) or (tiers.seen < policy.sink).any():
+            return "the first tokens of a sequence are still to come"
+        if not ops.pages_step(packed.pages):
+            return f"a step's kernels do not read its pages, as {ops.implementation_of(packed.pages)} does"
+        return ""
+
+    @staticmethod
     def behind(tiers: Tiers, policy: Policy, room: int | None, q: Tensor) -> "DeviceTail | None":
         """A tail for queries such as `q`, or None where the kernels cannot do their steps. `room`: tokens in all."""
         packed = tiers.packed.get("packed")
-        if not isinstance(policy, Window) or type(policy) not in (Window, QueryAware) or packed is None:
+        if DeviceTail.refusal(tiers, policy) or not isinstance(policy, Window) or packed is None:
             return None
-        if not ops.steps_on_device(q, packed.pages):
-            return None
-        folds = packed.k.folds_by_rotation and packed.v.folds_by_rotation
-        if not folds or packed.block != ops.BLOCK or (tiers.seen < policy.sink).any() or q.dtype != packed.dtype:
+        if not ops.queries_step(q) or q.dtype != packed.dtype:
             return None
         blocks = max(LEAST, packed.table.shape[2] // SHARE)
         asked = 0 if room is None else room - int(tiers.seen.min())
@@ -115,11 +131,9 @@ class DeviceTail:
         """
         if self.written != held:
             return False
-        self.pack()
-        now = self.next + more
-        to_pack = np.maximum(now - self.policy.recent, 0) // self.block * self.block
-        in_ring = (now - self.packed).max() <= self.dense.ring_k.shape[2]
-        return bool(in_ring and (to_pack <= self.was + self.more * self.block).all())
+        if held >= self.due_at:
+            self.pack()
+        return more <= self.widest and held + more <= self.last
 
     def claim(self, held: int, more: int) -> bool:
         """As `takes`, and writes them: from then on nobody else may."""
@@ -130,7 +144,7 @@ class DeviceTail:
 
     def wrote(self, more: int) -> None:
         """Count tokens that a launch, or a graph that is replayed, writes."""
-        self.written, self.next = self.written + more, self.next + more
+        self.written += more
 
     def step(
         self, q: Float[Tensor, "b hq n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], scale: float
@@ -140,7 +154,10 @@ class DeviceTail:
 
     def due(self) -> np.ndarray:
         """Rows (b, h) whose oldest block in the ring is to be packed."""
-        return self.next - self.packed - self.policy.recent >= self.block
+        return self.start + self.written - self.packed - self.policy.recent >= self.block
+
+    def _due_at(self) -> int:
+        return int((self.packed + self.policy.recent + self.block - self.start).min())
 
     def pack(self) -> None:
         """Encode the blocks that are due. The only look at the device is whether all tokens are finite."""
@@ -154,7 +171,7 @@ class DeviceTail:
             lengths = self.pages.lengths
             lengths.add_(torch.from_numpy(due * self.block).to(lengths.device))
             self.packed = self.packed + due * self.block
-            self.held_since = self.written
+            self.held_since, self.due_at = self.written, self._due_at()
 
     def _encode(self, due: np.ndarray) -> None:
         tier, d = self.tiers.packed["packed"], self.dense.ring_k.shape[-1]

@@ -3,6 +3,8 @@
 import os
 import platform
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ class Diagnosis:
     versions: dict[str, str]
     devices: dict[str, str]
     implementations: dict[str, list[Implementation]]
+    decoding: list[Implementation]  # a model's steps, in transformers
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,7 +38,10 @@ class Diagnosis:
         for device, rows in self.implementations.items():
             for row in rows:
                 runs.add_row(device, row.name, "yes" if row.runs else "no", row.why)
-        return Group(versions, devices, runs)
+        steps = Table("decoding", "runs", "why", title="in transformers, attached")
+        for row in self.decoding:
+            steps.add_row(row.name, "yes" if row.runs else "no", row.why)
+        return Group(versions, devices, runs, steps)
 
 
 def diagnose() -> Diagnosis:
@@ -46,7 +52,13 @@ def diagnose() -> Diagnosis:
         facts = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory >> 30} GiB, sm_{facts.major}{facts.minor}"
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return Diagnosis(versions, devices, {kind: explain(kind) for kind in kinds})
+    return Diagnosis(versions, devices, {kind: explain(kind) for kind in kinds}, decoding())
+
+
+def decoding() -> list[Implementation]:
+    if not find_spec("transformers"):
+        return [Implementation("transformers", False, 'Not installed. Install it with pip install "tersekv[hf]".')]
+    return import_module("tersekv.hf.attach").explain()  # which imports all of transformers
 
 
 def best_dtype(device: str) -> str:

@@ -62,8 +62,8 @@ def spill(cache: PackedCache, folder: str | Path, model: PreTrainedModel) -> Pat
 
 def load(path: str | Path, model: PreTrainedModel) -> PackedCache:
     """The cache that `save` wrote, for the same model. Raises CacheFileError if the file is not exactly that."""
-    from tersekv.hf.cache import cache as new_cache
     from tersekv.hf.layer import PackedLayer
+    from tersekv.hf.make import cache as new_cache
 
     tensors, metadata = FILE.read(Path(path))
     if metadata["model"] != fingerprint(model):

@@ -73,6 +73,7 @@ PARTS = {
     "attend cuda": gpu_tables.tables,
     "encode cuda": gpu_tables.tables,
     "decode cuda": gpu_tables.tables,
+    "generate cuda": gpu_tables.tables,
 }  # records of several tables, and what makes them
 
 

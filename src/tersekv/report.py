@@ -34,6 +34,7 @@ class CacheReport:
     sequences: int
     layers: list[LayerReport]
     implementation: str
+    decoding: str = ""  # how `generate` decoded, where it had a choice
 
     @property
     def dense(self) -> int:
@@ -91,6 +92,7 @@ class CacheReport:
         )
         counted = ", ".join(f"{name} {count:,}" for name, count in self.statistics().items())
         lines = [head, f"counted by the policy: {counted}"] if counted else [head]
+        lines += [f"decoded by generate {self.decoding}"] if self.decoding else []
         return Group(*lines, self._by_plane(), self._by_layer())
 
     def _by_plane(self) -> Table:

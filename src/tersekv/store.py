@@ -1,6 +1,6 @@
 """The cache of one attention layer: its tiers, the policy that fills them, and attention over all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 
 import numpy as np
@@ -95,17 +95,19 @@ class Store:
         v: Float[Tensor, "b h n d"],
         scale: float,
         route: str = "fused",
+        moved: Callable[[], None] = lambda: None,
     ) -> Float[Tensor, "b hq n d"] | None:
         """`extend` for a few tokens without padding, in one native call, or in three launches on a GPU.
 
         None, and nothing is stored, where native code cannot do all of it, tokens are not finite or not like those
         held, nothing is stored yet (the host's own kernel begins), or a block becomes due among the new tokens.
-        On a GPU the device is not waited for: see `DeviceTail.claim` for tokens that are not finite.
+        On a GPU the device is not waited for: see `DeviceTail.claim` for tokens that are not finite. `moved` is called
+        there, before anything is stored, when the tokens held were copied to memory with room.
         """
         if route == "decoded" or self.spec.policy.asking(self.state[0]):
             return None
         if q.device.type == "cuda":
-            return self._step_on_device(q, k, v, scale) if route == "fused" else None
+            return self._step_on_device(q, k, v, scale, moved) if route == "fused" else None
         (tiers, tail, count), n = self.state, q.shape[2]
         if not isinstance(tail, Tail) or not tail.claim(count, n):
             tiers, count = self.tiers, 0
@@ -119,34 +121,40 @@ class Store:
                 self._settle()  # a block may be due
         return out
 
-    def _step_on_device(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-        n = q.shape[2]
-        self.make_room(q)
-        self.steady = True
-        tiers, tail, count = self.state
+    def _step_on_device(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, moved: Callable[[], None]
+    ) -> Tensor | None:
+        (tiers, tail, count), n = self.state, q.shape[2]
         if not isinstance(tail, DeviceTail) or not tail.claim(count, n):
-            return None
+            tail, count = self._with_room(q), 0
+            if tail is None:
+                return None
+            tiers = tail.tiers
+            self.state = (tiers, tail, 0)
+            moved()
+            if not tail.claim(0, n):
+                return None
         self.state = (tiers, tail, count + n)
         return tail.step(q, k, v, scale)
 
-    def make_room(self, q: Tensor) -> bool:
-        """Before a step on a GPU: whether the tokens were moved to where it can write. `state` before holds them too.
+    def _with_room(self, q: Tensor) -> DeviceTail | None:
+        """The tokens where a step on a GPU can write, if it can.
 
         Not for who exchanges or crops sequences at every step: there they would be moved each time.
         """
-        if q.device.type != "cuda" or self.spec.policy.asking(self.state[0]) or self.ready(q.shape[2]):
-            return False
-        if not self.steady or not self.lengths.any():
-            return False
-        tail = DeviceTail.behind(self.tiers, self.spec.policy, self.room, q)
-        if tail is not None:
-            self.state = (tail.tiers, tail, 0)
-        return tail is not None
+        steady, self.steady = self.steady, True
+        if not steady or not self.lengths.any():
+            return None
+        return DeviceTail.behind(self.tiers, self.spec.policy, self.room, q)
 
-    def ready(self, n: int) -> bool:
-        """Whether the next `n` tokens are a matter of launches alone, which a graph can hold. Packs what is due."""
+    def ready(self, n: int) -> DeviceTail | None:
+        """Where the next `n` tokens are a matter of launches alone, which a graph can hold. Packs what is due."""
         _, tail, count = self.state
-        return isinstance(tail, DeviceTail) and tail.takes(count, n)
+        return tail if isinstance(tail, DeviceTail) and tail.takes(count, n) else None
+
+    def refusal(self) -> str:
+        """Why `ready` never finds a place on a GPU; empty if it does."""
+        return DeviceTail.refusal(self.state[0], self.spec.policy)
 
     def replayed(self, n: int) -> None:
         """A graph was replayed in which `step` stored `n` tokens; see `hf.graph`."""

@@ -62,7 +62,7 @@ def decode(plan: Plan, device: str, stages: Stages) -> dict[str, Any]:
         layer = [row for b, t in plan.layer for row in _layer(plan, b, t, cold, device, stages)]
         del cold
         _free()
-        model = _random(plan.llama, device)
+        model = random_model(plan.llama, device)
         weights = torch.cuda.memory_allocated()
         rows = [row for b, t in plan.model for row in _model(plan, model, b, t, stages)]
         fits = [_fit(plan, model, name, stages) for name in ("dense bf16", *SPECS)]
@@ -124,7 +124,8 @@ def _our_steps(
 # A whole model.
 
 
-def _random(config: dict[str, Any], device: str) -> PreTrainedModel:
+def random_model(config: dict[str, Any], device: str) -> PreTrainedModel:
+    """In bf16, for inference."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

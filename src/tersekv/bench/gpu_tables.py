@@ -24,11 +24,15 @@ class GpuResult:
 
 
 def tables(record: dict[str, Any]) -> dict[str, Table]:
-    """A table for each grid of an attention record, by its name; "encode"; "layer", "model", "fit" of decoding."""
+    """A table for each grid of an attention record, by its name; "encode"; "layer", "model", "fit" of decoding;
+    "generate".
+    """
     if record["bench"] == "encode cuda":
         return {"encode": _encoding(record)}
     if record["bench"] == "decode cuda":
         return {"layer": _layer(record), "model": _model(record), "fit": _fit(record)}
+    if record["bench"] == "generate cuda":
+        return {"generate": _generate(record)}
     grids: dict[str, list[Case]] = {}
     for case in record["cases"]:
         grids.setdefault(case["grid"], []).append(case)
@@ -101,6 +105,17 @@ def _model(record: dict[str, Any]) -> Table:
         median, low, high = (f"{1e3 * row['seconds'][part]:.2f}" for part in ("median", "p20", "p80"))
         sizes = bytes_text(row["allocated"]), bytes_text(row["peak"])
         table.add_row(label, row["name"], f"{median} ({low}-{high})", f"{row['tokens_per_second']:,.0f}", *sizes)
+    return table
+
+
+def _generate(record: dict[str, Any]) -> Table:
+    heads = ["ms a token (p20-p80)", "tokens a second", "host us of a replay"]
+    table = _table("a token of generate", ["case", "cache", "decoding"], heads)
+    for row in record["rows"]:
+        median, low, high = (f"{1e3 * row['seconds'][part]:.2f}" for part in ("median", "p20", "p80"))
+        host = f"{1e6 * row['host_seconds']:.0f}" if "host_seconds" in row else ""
+        speed = f"{row['b'] / row['seconds']['median']:,.0f}"
+        table.add_row(f"b={row['b']} t={row['t']:,}", row["name"], row["way"], f"{median} ({low}-{high})", speed, host)
     return table
 
 

@@ -203,3 +203,25 @@ def bench_decode(
     if out is not None:
         write(result.as_dict(), out)
     return show(result, json)
+
+
+@bench.command(name="generate")
+def bench_generate(*, device: str = "cuda", out: Path | None = None, json: Json = False) -> None:
+    """The time of a token of transformers' generate on a GPU: a dense cache, ours eagerly, and ours in CUDA graphs.
+
+    Parameters
+    ----------
+    device
+        cuda, or one of several: cuda:1.
+    out
+        Write the record to this JSON file.
+    """
+    from tersekv.bench import gpu_generate
+    from tersekv.bench.gpu_tables import GpuResult
+    from tersekv.record import write
+
+    with Stages() as stages:
+        result = GpuResult(gpu_generate.generate(gpu_generate.Plan(), device, stages))
+    if out is not None:
+        write(result.as_dict(), out)
+    show(result, json)

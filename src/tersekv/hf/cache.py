@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from tersekv import files
 from tersekv.errors import CacheError, InputError, ModelError, TersekvError
 from tersekv.hf.attention import is_ours
-from tersekv.hf.checks import check_fitted
+from tersekv.hf.compiled import ticket_for, untraced
 from tersekv.hf.layer import Handle, PackedLayer, restore_layer, state_of
-from tersekv.hf.rating import controller_of, signals
+from tersekv.hf.mask import Shown
+from tersekv.hf.rating import signals
 from tersekv.hf.report import cache_report
 from tersekv.policy.adaptive import Adaptive
 from tersekv.policy.controller import Controller
-from tersekv.registry import PRESETS
 from tersekv.report import CacheReport
-from tersekv.spec import Spec, parse
+from tersekv.spec import Spec
 
 
 class PackedCache(Cache):
@@ -33,9 +32,11 @@ class PackedCache(Cache):
         self, config: PreTrainedConfig, spec: Spec, controller: Controller | None = None, room: int | None = None
     ) -> None:
         self.config, self.spec, self.controller = config.get_text_config(decoder=True), spec, controller
-        self.room = room
+        self.room, self.ticket = room, ticket_for(self)
         self._spread: Tensor | None = None  # of the forward pass under way, for the controller
         self._before: dict[int, Any] = {}  # what each layer was before the forward pass under way
+        self._shown: Shown | None = None  # what that pass's mask shows
+        self.decoding = ""  # how `generate` decodes with this cache, once it was asked: see `hf.attach`
         self._warned = False
         self._spilled: Path | None = None
         dense = DynamicCache(config=self.config).layers
@@ -52,6 +53,9 @@ class PackedCache(Cache):
             )
         super().__init__(layers=layers)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedCache":
+        return self.copy()  # with a ticket of its own
+
     def attached(self) -> bool:
         """Whether the model's attention reads packed layers; if not, warn once that they will be unpacked."""
         if is_ours(self.config._attn_implementation):
@@ -66,22 +70,33 @@ class PackedCache(Cache):
         return False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_spilled()
-        if layer_idx == next(iter(self._before), layer_idx):  # the layer with which the pass under way began
-            self._begin(key_states.shape[2])
-        self._before[layer_idx] = state_of(self.layers[layer_idx])
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedLayer) and self.attached():
+            handle = Handle(layer, key_states, value_states)  # stored by the attention function, which has the mask
+            return handle, handle
+        return self._stored(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @untraced  # tensors grow and lengths change at each step
+    def _stored(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.begin(layer_idx, key_states.shape[2])
         try:
             k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except TersekvError:
             self.rollback()
             raise
-        if isinstance(k, Handle):
-            return k, v
         self.finished(layer_idx)
         return k, v
 
-    def _begin(self, n: int) -> None:
-        """A forward pass starts: the last one must have reached every layer, and the context must suffice."""
+    def begin(self, layer_idx: int, n: int) -> None:
+        """A layer is about to take `n` tokens. With the first one a forward pass starts."""
+        if layer_idx == next(iter(self._before), layer_idx):  # the layer with which the pass under way began
+            self.check_next(n)
+            self._shown = None
+        self._before[layer_idx] = state_of(self.layers[layer_idx])
+
+    def check_next(self, n: int) -> None:
+        """Before a forward pass: the last one must have reached every layer, and the context must suffice."""
+        self._refuse_spilled()
         if self._before:
             raise CacheError(
                 f"The last forward pass stopped after layer {max(self._before)}, so the layers hold different tokens. "
@@ -94,10 +109,22 @@ class PackedCache(Cache):
                 "The cache is unchanged; shorten the prompt or crop the cache."
             )
 
+    def expect(self, room: int | None) -> None:
+        """Room for what a host says it will come to, unless the user has asked for some."""
+        if self.room is None:
+            for layer in self._packed:
+                layer.opened().room = room
+
+    def shown(self, mask: Tensor | None, n: int) -> Shown:
+        """What a pass's mask shows. One look at it serves all layers."""
+        if self._shown is None or self._shown.mask is not mask:
+            self._shown = Shown(mask, n)
+        return self._shown
+
     def finished(self, layer_idx: int) -> None:
         """A layer has stored its tokens; after the last one the forward pass can no longer be rolled back."""
         if layer_idx == self._last:
-            self._before = {}
+            self._before, self._shown = {}, None
 
     def moved(self, layer_idx: int) -> None:
         """A layer's tokens lie elsewhere now: a rollback returns there, so that their old memory is free at once."""
@@ -147,12 +174,12 @@ class PackedCache(Cache):
             restore_layer(self.layers[index], state)
         self._before = {}
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the newest `-tokens_to_remove` slots of every sequence, in every layer or, on an error, in none."""
         self._refuse_spilled()
         before = [state_of(layer) for layer in self.layers]
         try:
-            super().crop(tokens_to_remove)
+            super().crop(int(tokens_to_remove))  # from assisted decoding on a GPU it is a tensor
         except Exception:
             for layer, state in zip(self.layers, before, strict=True):
                 restore_layer(layer, state)
@@ -217,27 +244,4 @@ class PackedCache(Cache):
 
     def report(self) -> CacheReport:
         """Bytes held by tier, plane and layer beside what a dense cache would hold."""
-        return cache_report(str(self.spec), self.layers)
-
-
-def cache(
-    model: PreTrainedModel, spec: str | Spec = "terse4", room: int | None = None, selftest: bool = True
-) -> PackedCache:
-    """An empty packed cache for `model`. A preset is tried on it once a process and warns if it fails: `hf.selftest`.
-
-    `room`: tokens that a sequence may come to have. A GPU takes memory for them at the first decoding step, so that it
-    is not copied again, and a captured step serves all of them. More are taken all the same.
-    Raises SpecError for a bad spec, InputError for a room that is none, ModelError for a model without KV cache.
-    """
-    if room is not None and room < 1:
-        raise InputError(f"room={room}: a number of tokens, 1 or more, or None.")
-    chosen = parse(spec) if isinstance(spec, str) else spec
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-        raise ModelError(
-            f"{type(model).__name__} does not generate text with a decoder-only KV cache, so there is nothing to pack. "
-            "Use a causal language model such as LlamaForCausalLM."
-        )
-    check_fitted(model, chosen)
-    if selftest and spec in PRESETS:
-        import_module("tersekv.hf.selftest").warn_if_failed(model, spec, chosen)  # which makes caches itself
-    return PackedCache(model.config, chosen, controller_of(model, chosen), room)
+        return cache_report(str(self.spec), self.layers, self.decoding)

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from tersekv.errors import InputError
+from tersekv.errors import InputError, TersekvError
 from tersekv.hf.checks import check_finite, check_like
+from tersekv.hf.mask import Shown
 from tersekv.spec import Spec
 from tersekv.store import Padding, Store
 
@@ -20,15 +22,17 @@ from tersekv.store import Padding, Store
 class Owner(Protocol):
     """The cache that a layer belongs to: it knows about the whole forward pass."""
 
-    def attached(self) -> bool: ...
+    ticket: Tensor
+
+    def begin(self, layer_idx: int, n: int) -> None: ...
+    def shown(self, mask: Tensor | None, n: int) -> Shown: ...
     def finished(self, layer_idx: int) -> None: ...
     def moved(self, layer_idx: int) -> None: ...
     def watch(self, layer_idx: int, spread: Callable[[], Tensor]) -> None: ...
     def rollback(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Slots:
+class Slots(NamedTuple):
     """The host's view of a cache: every sequence has `total` slots, of which padding was never stored."""
 
     total: int = 0
@@ -55,7 +59,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Handle:
-    """What `PackedLayer.update` gives to the attention function: fresh keys and values that are not stored yet."""
+    """What the cache gives to the attention function: fresh keys and values that are not stored yet."""
 
     layer: "PackedLayer"
     k: Float[Tensor, "b h n d"]
@@ -71,8 +75,8 @@ class Handle:
 class PackedLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer in a `Store`.
 
-    While the model's attention is tersekv's, `update` returns a `Handle` and storing waits for the attention
-    function, which knows the padding. Otherwise it stores at once and returns unpacked tensors: right, but slow.
+    While the model's attention is tersekv's, the cache hands out a `Handle`, and storing waits for the attention
+    function, which knows the padding. Otherwise `update` stores at once and returns unpacked tensors: right, but slow.
     """
 
     is_compileable = False
@@ -103,11 +107,8 @@ class PackedLayer(CacheLayerMixin):
         return self.opened()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if self.store is not None:
-            check_like(self.index, self.store.like, key_states)
-        if self.cache.attached():
-            handle = Handle(self, key_states, value_states)
-            return handle, handle
+        """For a model that is not attached: store at once, and return all tokens unpacked."""
+        self._check_like(key_states)
         check_finite(self.index, self.slots.total, key_states, value_states)
         store = self.opened_for(key_states, value_states)
         if self.slots.padded:
@@ -120,23 +121,45 @@ class PackedLayer(CacheLayerMixin):
         self.slots = self.slots.grown(key_states.shape[2], None)
         return torch.cat((old.k, key_states), 2), torch.cat((old.v, value_states), 2)
 
-    def extend(self, q: Tensor, handle: Handle, padding: Padding, scale: float, route: str) -> Tensor:
-        """Attention output for the handle's tokens, which are stored. Raises InputError for NaN and Inf."""
-        store = self.opened_for(handle.k, handle.v)
-        if padding is None and route == "fused" and store.make_room(q):
-            self.cache.moved(self.index)
-        out = store.step(q, handle.k, handle.v, scale, route) if padding is None else None
-        if out is None:
-            check_finite(self.index, self.slots.total, handle.k, handle.v)
-            self.cache.watch(self.index, lambda: store.spread(q, handle.k, padding, scale))
-            out = store.extend(q, handle.k, handle.v, padding, scale, route)
-        self.slots = self.slots.grown(q.shape[2], padding)
+    def extend(
+        self,
+        q: Float[Tensor, "b hq n d"],
+        k: Float[Tensor, "b h n d"],
+        v: Float[Tensor, "b h n d"],
+        mask: Tensor | None,
+        scale: float,
+        route: str,
+    ) -> Float[Tensor, "b n hq d"]:
+        """Attention output for new tokens, which are stored. `mask`: 2D, of the whole conversation.
+
+        On an error the forward pass that this is a part of is rolled back. Raises InputError for NaN and Inf, and for
+        what does not fit to what is held.
+        """
+        self.cache.begin(self.index, q.shape[2])
+        try:
+            out = self._extended(q, k, v, self.cache.shown(mask, q.shape[2]), scale, route)
+        except TersekvError:
+            self.cache.rollback()
+            raise
         self.cache.finished(self.index)
+        return out.transpose(1, 2).contiguous()  # native code has written it in this order
+
+    def _extended(self, q: Tensor, k: Tensor, v: Tensor, shown: Shown, scale: float, route: str) -> Tensor:
+        self._check_like(k)
+        store = self.opened_for(k, v)
+        shown.check(store.lengths)
+        padding, moved = shown.padding, partial(self.cache.moved, self.index)
+        out = store.step(q, k, v, scale, route, moved) if padding is None else None
+        if out is None:
+            check_finite(self.index, self.slots.total, k, v)
+            self.cache.watch(self.index, lambda: store.spread(q, k, padding, scale))
+            out = store.extend(q, k, v, padding, scale, route)
+        self.slots = self.slots.grown(q.shape[2], padding)
         return out
 
-    def ready(self, n: int) -> bool:
-        """Whether a forward pass of `n` tokens is a matter of launches alone. See `Store.ready`."""
-        return self.store is not None and self.store.ready(n)
+    def _check_like(self, k: Tensor) -> None:
+        if self.store is not None:
+            check_like(self.index, self.store.like, k)
 
     def replayed(self, n: int) -> None:
         """A graph stored `n` tokens."""

@@ -9,14 +9,14 @@ from tersekv.ops import implementation, implementation_of
 from tersekv.report import CacheReport, LayerReport
 
 
-def cache_report(spec: str, layers: Iterable[Any]) -> CacheReport:
+def cache_report(spec: str, layers: Iterable[Any], decoding: str = "") -> CacheReport:
     """Bytes of every layer beside those of a dense cache; layers that are not packed say what they are."""
     rows = [_packed(x) if isinstance(x, PackedLayer) else _dense(i, x) for i, x in enumerate(layers)]
     stores = [x.store for x in layers if isinstance(x, PackedLayer) and x.store is not None]
     tokens = max((x.slots.total for x in layers if isinstance(x, PackedLayer)), default=0)
     sequences = len(stores[0].lengths) if stores else 0
     readers = {implementation_of(tier.pages) for store in stores for tier in store.state[0].packed.values()}
-    return CacheReport(spec, tokens, sequences, rows, "; ".join(sorted(readers)) or implementation())
+    return CacheReport(spec, tokens, sequences, rows, "; ".join(sorted(readers)) or implementation(), decoding)
 
 
 def _packed(layer: PackedLayer) -> LayerReport:

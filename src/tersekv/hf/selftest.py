@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tersekv.errors import InputError, ModelError
-from tersekv.hf.attention import attached
+from tersekv.hf.attach import attached
 from tersekv.hf.cache import PackedCache
 from tersekv.spec import Spec
 

@@ -37,13 +37,14 @@ __all__ = [
     "ordered",
     "page_layouts",
     "pages_part",
+    "pages_step",
+    "queries_step",
     "refusals",
     "repack",
     "rotate",
     "step",
     "step_on_device",
     "step_signs",
-    "steps_on_device",
     "tail",
     "unrotate",
 ]
@@ -52,7 +53,8 @@ FEW_QUERIES = 16  # up to here one pass over the keys is faster than torch's mat
 KERNELS = {"cpu": native, "cuda": cuda}  # by the type of device
 attend_alone = reference.attend_alone
 step, tail = native.step, native.tail
-StepTokens, step_on_device, steps_on_device = cuda.StepTokens, cuda.step, cuda.steps
+StepTokens, step_on_device = cuda.StepTokens, cuda.step
+queries_step, pages_step = cuda.queries_step, cuda.pages_step
 
 
 def ordered(layout: Layout, recipe: Recipe, side: str, device: torch.device) -> Layout:

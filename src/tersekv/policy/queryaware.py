@@ -62,6 +62,7 @@ class QueryAware(Window):
 
     observe: int = 512
 
+    steps_on_device: ClassVar = True  # once the queries of the first tokens were seen
     asks: ClassVar = True
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ the codec at 4 bits and below; both are held in the model's precision and counte
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -23,6 +24,8 @@ class Window(Policy):
 
     sink: int = 4
     recent: int = 64
+
+    steps_on_device: ClassVar = True
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):

@@ -10,7 +10,7 @@ from tersekv.ops.cuda.encoding import encode, rotate, rotates, writes
 from tersekv.ops.cuda.joining import attend_causal, attend_dense, flashes, joins, merge
 from tersekv.ops.cuda.joining import reads as reads_dense
 from tersekv.ops.cuda.repacking import repack, repacks
-from tersekv.ops.cuda.stepping import StepTokens, step, steps
+from tersekv.ops.cuda.stepping import StepTokens, pages_step, queries_step, step
 
 __all__ = [
     "ORDERS",
@@ -24,6 +24,8 @@ __all__ = [
     "merge",
     "missing",
     "order",
+    "pages_step",
+    "queries_step",
     "reads",
     "reads_dense",
     "refusal",
@@ -32,6 +34,5 @@ __all__ = [
     "rotate",
     "rotates",
     "step",
-    "steps",
     "writes",
 ]

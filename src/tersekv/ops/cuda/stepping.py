@@ -55,9 +55,14 @@ class StepTokens:
     arrived: Int[Tensor, "counters"]  # int32: see `attending.attend_pages`
 
 
-def steps(q: Tensor, pages: Pages) -> bool:
-    """Whether `step` can run: few new tokens in a precision that the kernels read, and pages that they read."""
-    return q.device.type == "cuda" and q.shape[2] <= MOST and q.dtype in KINDS and reads(pages) and integers(pages)
+def queries_step(q: Tensor) -> bool:
+    """Whether `step` takes such queries: few new tokens, in a precision that the kernels read."""
+    return q.device.type == "cuda" and q.shape[2] <= MOST and q.dtype in KINDS
+
+
+def pages_step(pages: Pages) -> bool:
+    """Whether `step` reads such pages."""
+    return reads(pages) and integers(pages)
 
 
 def step(
