@@ -112,7 +112,7 @@ def read(session: Session, item: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def look(seen: Seen) -> None:
-        behind = torch.arange(seen.k.shape[2], 0, -1)  # queries that see each token, its own among them
+        behind = torch.arange(seen.k.shape[2], 0, -1, device=seen.k.device)  # queries that see each token, its own too
         for side, x in (("k", seen.k), ("v", seen.v)):
             weights = causal_scores(seen.q, seen.k, seen.v, seen.scale, SCORE[side]) / behind
             found[f"{seen.layer}.{side}"] = bf16(kept(x))

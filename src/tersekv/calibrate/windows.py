@@ -57,7 +57,7 @@ def gathered(
         if not (directory.holds(method, item, ["window"]) and path.is_file()):
             session.stages(f"window {number + 1} of {len(items)}", number / len(items))
             start = perf_counter()
-            tensors = read(session, item)
+            tensors = {name: x.cpu() for name, x in read(session, item).items()}  # where they are fitted
             WINDOW.write(path, tensors, {"seconds": f"{perf_counter() - start:.1f}"})
             directory.add(method, item, {"window": {"file": path.name}})
         tensors, metadata = WINDOW.read(path)

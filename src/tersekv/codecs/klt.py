@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tersekv.codebook import distortion, lloyd_max, table
 from tersekv.codec import Codec, Fitted, check_bits, check_choice
-from tersekv.codecs.books import Books
+from tersekv.codecs.books import FIRST, Books
 from tersekv.codecs.rotated import centred
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
@@ -53,7 +53,7 @@ class KLT(Codec):
     groups: int = 1
     scale: str = "unbiased"
     books: str = "none"
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"side": "k"}}
@@ -84,7 +84,7 @@ class KLT(Codec):
 
     @property
     def _name(self) -> str:
-        return f"{self.layer}.{self.side}"
+        return f"{self._file.layer(self.layer)}.{self.side}"
 
     @cached_property
     def forward(self) -> Float[Tensor, "h d d"]:

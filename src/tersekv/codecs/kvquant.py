@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, Fitted, check_bits, check_choice
-from tersekv.codecs.books import Books
+from tersekv.codecs.books import FIRST, Books
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.lookup import nearest
@@ -61,7 +61,7 @@ class KVQuant(Codec):
     outliers: int = 1
     rope: str = "after"
     books: str = "none"
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"axis": "channel", "side": "k"}}
@@ -85,16 +85,18 @@ class KVQuant(Codec):
     @cached_property
     def tables(self) -> Tables:
         """Of keys (h, d, entries, 1), of values (1, 1, entries, 1), ascending."""
-        return self._file.tables(f"{self.layer}.{self.side}", 1)
+        return self._file.tables(f"{self._file.layer(self.layer)}.{self.side}", 1)
 
     @cached_property
     def frequencies(self) -> tuple[float, ...]:
-        return tuple(self._file.tensor(f"{self.layer}.rope").tolist()) if self.positional else ()
+        return tuple(self._file.tensor(f"{self._file.layer(self.layer)}.rope").tolist()) if self.positional else ()
 
     @property
     def fitted(self) -> Fitted | None:
-        nbytes = 0 if self.books == "none" else self.tables.nbytes + 8 * len(self.frequencies)
-        return None if self.books == "none" else self._file.fitted(f"{self.layer}.{self.side}", nbytes)
+        if self.books == "none":
+            return None
+        nbytes = self.tables.nbytes + 8 * len(self.frequencies)
+        return self._file.fitted(f"{self._file.layer(self.layer)}.{self.side}", nbytes)
 
     def at(self, layer: int) -> "KVQuant":
         return self if self.books == "none" else replace(self, layer=layer)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersekv.codec import Codec, Fitted, check_choice
-from tersekv.codecs.books import UNIVERSAL, Books
+from tersekv.codecs.books import FIRST, UNIVERSAL, Books
 from tersekv.codecs.rotated import centred, takes_norm
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
@@ -49,7 +49,7 @@ class VQ(Codec):
     scale: str = "unbiased"
     books: str = "universal"
     seed: int = 0
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"mean": "block", "scale": "auto", "side": "k"}}
@@ -82,12 +82,13 @@ class VQ(Codec):
 
     @cached_property
     def tables(self) -> Tables:
-        universal = self.books == "universal"
-        return self._file.tables(f"{self.dim}.{self.index}" if universal else f"{self.layer}.{self.side}", self.stages)
+        if self.books == "universal":
+            return self._file.tables(f"{self.dim}.{self.index}", self.stages)
+        return self._file.tables(f"{self._file.layer(self.layer)}.{self.side}", self.stages)
 
     @property
     def fitted(self) -> Fitted | None:
-        name = f"{self.layer}.{self.side} {self.stages}"
+        name = f"{self._file.layer(self.layer)}.{self.side} {self.stages}"
         return None if self.books == "universal" else self._file.fitted(name, self.tables.nbytes)
 
     def at(self, layer: int) -> "VQ":
