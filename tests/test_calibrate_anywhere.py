@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 def test_a_fit_is_one_of_the_model(
     fit: Fit, device: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model(family).to(device)
+    model: Any = make_model(family)
+    model.to(device)
     loaded = LoadedModel(model, Letters(), "tiny", "random weights", "none")
     monkeypatch.setattr("tersekv.calibrate.session.load", lambda *_: loaded)
     text = tmp_path / "text.txt"
