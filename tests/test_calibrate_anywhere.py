@@ -28,11 +28,17 @@ def fit_kvquant(settings: Settings, folder: Path, out: Path) -> str:
     return kvquant.calibrate(settings, kvquant.Shape(bits=2, rounds=3), folder, out, Stages()).spec
 
 
+def fit_before_rope(settings: Settings, folder: Path, out: Path) -> str:
+    return vq.calibrate(settings, vq.Shape(dim=4, index=4, rope="before", rounds=3), folder, out, Stages()).spec
+
+
 def fit_vq(settings: Settings, folder: Path, out: Path) -> str:
     return vq.calibrate(settings, vq.Shape(dim=4, index=4, rounds=3), folder, out, Stages()).spec
 
 
-FITS = pytest.mark.parametrize("fit", [fit_klt, fit_kvquant, fit_vq], ids=["klt", "kvquant", "vq"])
+FITS = pytest.mark.parametrize(
+    "fit", [fit_klt, fit_kvquant, fit_vq, fit_before_rope], ids=["klt", "kvquant", "vq", "before"]
+)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tersekv.calibrate.measuring import SINK
 from tersekv.calibrate.session import Session
 from tersekv.eval.samples import RunDirectory
 from tersekv.layout import BLOCK
+from tersekv.ops.rope import turned
 from tersekv.sealed import Sealed
 
 WINDOW = Sealed("tersekv-window", 2, ("seconds",), "Delete it, and the window is read again.")
@@ -42,6 +44,12 @@ class Sample:
 def kept(x: Tensor) -> Tensor:
     """Tokens (in dimension 2) that a cache would have packed."""
     return x[:, :, SINK : x.shape[2] - BLOCK]
+
+
+def before_rope(x: Float[Tensor, "1 h n d"], rope: tuple[float, ...] | None) -> Float[Tensor, "h n d"]:
+    """Kept keys turned back by these frequencies, if any, or gradients of them: a rotation takes gradients with it."""
+    kept = x[0].float()
+    return kept if rope is None else turned(kept, torch.arange(SINK, SINK + kept.shape[1]), rope, back=True)
 
 
 def gathered(

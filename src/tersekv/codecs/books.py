@@ -63,6 +63,10 @@ class Books:
         """That layer, and for FIRST the first that has tables: a model's first layer need not be one that is packed."""
         return number if number != FIRST else min(int(name.partition(".")[0]) for name in self.tensors)
 
+    def frequencies(self, layer: int) -> tuple[float, ...]:
+        """By which the keys of a layer are turned, see `ops.rope`."""
+        return tuple(self.tensor(f"{self.layer(layer)}.rope").tolist())
+
     def tables(self, name: str, stages: int) -> Tables:
         """As `tensor`, for so many stages."""
         found = tuple(self.tensor(f"{name}.{stage}") for stage in range(stages))
