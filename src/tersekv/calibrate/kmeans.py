@@ -13,14 +13,14 @@ def kmeans(
     """Centroids that make sum_j w_j |x_j - c(x_j)|^2 small, of each of `p` problems (Lloyd 1982, with weights).
 
     Begins with points drawn in proportion to their weights; an entry that nobody chooses moves to the point that is
-    worst off. `n` must be at least `entries`.
+    worst off. `n` must be at least `entries`. On a GPU sums are added in no fixed order: two runs differ by rounding.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(weights.double().clamp(min=1e-30), entries, generator=generator)
-    table = _rows(x, drawn).clone()
+    drawn = torch.multinomial(weights.double().clamp(min=1e-30).cpu(), entries, generator=generator)
+    table = _rows(x, drawn.to(x.device)).clone()
     for _ in range(rounds):
         chosen = assigned(x, table)
-        mass = torch.zeros(*table.shape[:2]).scatter_add_(1, chosen, weights)
+        mass = torch.zeros(*table.shape[:2], device=x.device).scatter_add_(1, chosen, weights)
         spread = chosen[..., None].expand_as(x)
         total = torch.zeros_like(table).scatter_add_(1, spread, x * weights[..., None])
         table = torch.where(mass[..., None] > 0, total / mass[..., None].clamp(min=1e-30), table)

@@ -100,7 +100,7 @@ def calibrate(settings: Settings, shape: Shape, folder: Path, out: Path, stages:
         if not (directory.holds("vq", item, [str(shape)]) and path.is_file()):
             stages(f"fitting layer {layer}", number / len(layers))
             start = perf_counter()
-            books, lost = fit_layer(shape, layer, train, test, settings.seed, rope.get(layer))
+            books, lost = fit_layer(shape, layer, train, test, settings.seed, rope.get(layer), settings.device)
             PART.write(path, books, {"seconds": f"{perf_counter() - start:.1f}"})
             directory.add("vq", item, {str(shape): lost})
         books, metadata = PART.read(path)
@@ -153,22 +153,23 @@ def fit_layer(
     test: list[Sample],
     seed: int,
     rope: tuple[float, ...] | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
     """Books of both sides, and what they lose of the variance of `test`: of all tokens alike, and weighted."""
     books: dict[str, Tensor] = {}
     lost: dict[str, dict[str, float]] = {}
     for side in SIDES:
         back = rope if side == "k" else None
-        x, w = _problems(shape, layer, side, train, back)
-        y, y_w = _problems(shape, layer, side, test, back)
+        x, w = (part.to(device) for part in _problems(shape, layer, side, train, back))
+        y, y_w = (part.to(device) for part in _problems(shape, layer, side, test, back))
         variance, weighted = _spread(y, torch.ones_like(y_w)), _spread(y, y_w)
         for stage in range(shape.stages):
             given = w if shape.weights == "anchors" else torch.ones_like(w)
             table = kmeans(x, given, 2**shape.index, shape.rounds, seed + stage).half()
             heads = train[0].values(layer, side).shape[1]
-            books[f"{layer}.{side}.{stage}"] = table.unflatten(0, (heads, -1)).contiguous()
+            books[f"{layer}.{side}.{stage}"] = table.unflatten(0, (heads, -1)).contiguous().cpu()
             x, y = (part - nearest(part, table.float()) for part in (x, y))
-        zero = torch.zeros(len(y), 1, shape.dim)
+        zero = torch.zeros(len(y), 1, shape.dim, device=device)
         lost[side] = {
             "alike": float(distortion(y, torch.ones_like(y_w), zero).sum() / variance),
             "weighted": float(distortion(y, y_w, zero).sum() / weighted),
