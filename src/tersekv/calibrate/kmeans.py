@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-VALUES = 2**24  # distances held at a time
+VALUES = 2**20  # distances held at a time: they stay in a cache until the least is found
 
 
 def kmeans(
@@ -30,9 +30,9 @@ def kmeans(
 
 def assigned(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"]) -> Int[Tensor, "p n"]:
     """The nearest entry of each point."""
-    half = table.square().sum(-1)[:, None] / 2
+    less, across = table.square().sum(-1)[:, None] / -2, table.mT
     step = max(1, VALUES // (table.shape[0] * table.shape[1]))
-    return torch.cat([(some @ table.mT - half).argmax(-1) for some in x.split(step, 1)], 1)
+    return torch.cat([torch.baddbmm(less, some, across).argmax(-1) for some in x.split(step, 1)], 1)
 
 
 def nearest(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"]) -> Float[Tensor, "p n dim"]:
