@@ -14,7 +14,7 @@ BUDGET = {
     "bench": 2400,
     "calibrate": 1440,
     "codecs": 1560,
-    "eval": 1440,
+    "eval": 1560,
     "hf": 1140,
     "models": 600,
     "ops": 1600,
