@@ -20,6 +20,7 @@ test: lint
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	! grep -rnE '.{121}' native  # as ruff has it for Python
 	$(BIN)/pyright
 
 bench: $(PEERS)

@@ -11,7 +11,7 @@ namespace tersekv {
 namespace {
 
 // Tokens of one job: jobs enough for many threads, and the same ones for any number of them and beside any other
-// sequence. A job costs about as much to begin as 30 tokens, and with books, which it multiplies with its queries, as 300.
+// sequence. A job costs about as much to begin as 30 tokens; with books, which it multiplies with its queries, as 300.
 int64_t split(int64_t length, bool books) {
   constexpr int64_t MOST_PARTS = 16, STEP = BLOCK * TILE;
   const int64_t share = (length / MOST_PARTS + STEP - 1) / STEP * STEP, least = books ? 2048 : 1024;

@@ -1,4 +1,4 @@
-// Arrays from Python to parts and requests. Everything that an index could go wrong on is checked here, before any read.
+// Arrays from Python to parts and requests. All that an index could go wrong on is checked here, before any read.
 #include "attend_bindings.h"
 
 #include <nanobind/ndarray.h>
@@ -47,15 +47,19 @@ Side* new_side(int bits, int d, int start, int bytes, int codes, const std::vect
 
 using Stage = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-Side* new_books_side(int d, int start, int bytes, const std::vector<int>& codes, const std::vector<PlaneArgs>& planes, int index,
-                     const std::vector<Stage>& stages) {
-  require(!stages.empty() && codes.size() == stages.size(), stages.size(), " stages with ", codes.size(), " planes of codes.");
+Side* new_books_side(int d, int start, int bytes, const std::vector<int>& codes, const std::vector<PlaneArgs>& planes,
+                     int index, const std::vector<Stage>& stages) {
+  require(!stages.empty() && codes.size() == stages.size(), stages.size(), " stages with ", codes.size(),
+          " planes of codes.");
+  const Stage& first = stages[0];
   std::vector<std::vector<float>> numbers;
   for (const Stage& stage : stages) {
-    for (int i = 0; i < 4; i++) require(stage.shape(i) == stages[0].shape(i), "Stages ", shape(stages[0]), " and ", shape(stage), ". Both must have one shape.");
+    for (int i = 0; i < 4; i++)
+      require(stage.shape(i) == first.shape(i), "Stages ", shape(first), " and ", shape(stage),
+              ". Both must have one shape.");
     numbers.emplace_back(stage.data(), stage.data() + stage.size());
   }
-  auto books = make_books(index, int(stages[0].shape(0)), int(stages[0].shape(1)), int(stages[0].shape(3)), std::move(numbers));
+  auto books = make_books(index, int(first.shape(0)), int(first.shape(1)), int(first.shape(3)), std::move(numbers));
   return new Side(make_books_side(d, start, bytes, codes.front(), codes.back(), planes, std::move(books)));
 }
 
@@ -93,7 +97,8 @@ HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k
           " must be (b, h) of the page table ", shape(table), ".");
   for (const Side* side : {&k, &v})
     require(!side->books || side->books->heads == 1 || side->books->heads == int(table.shape(1)), "Books of ",
-            side->books ? side->books->heads : 0, " KV heads, a page table of ", table.shape(1), ". Both must be the same.");
+            side->books ? side->books->heads : 0, " KV heads, a page table of ", table.shape(1),
+            ". Both must be the same.");
   auto part = std::make_unique<HeldPart>();
   part->k = k, part->v = v, part->d = k.d, part->b = int(table.shape(0)), part->h = int(table.shape(1));
   part->rows.resize(size_t(part->b) * size_t(part->h));
@@ -197,10 +202,11 @@ void check_part(const HeldPart& part, const Request& r, int hq) {
 // A request without its parts.
 Request request(const Values& q, const Written& out, int h, float scale, bool exact) {
   const int hq = int(q.shape(1)), d = int(q.shape(3));
-  require(d >= 8 && d <= MAX_HEAD_DIM && d % 8 == 0, "head_dim ", d, ". Allowed: a multiple of 8 up to ", MAX_HEAD_DIM, ".");
+  require(d >= 8 && d <= MAX_HEAD_DIM && d % 8 == 0, "head_dim ", d, ". Allowed: a multiple of 8 up to ", MAX_HEAD_DIM,
+          ".");
   for (int i = 0; i < 4; i++) require(out.shape(i) == q.shape(i), "out ", shape(out), " must be as q ", shape(q), ".");
-  return {{}, strided(q, "queries"), strided(out, "out"), nullptr, int(q.shape(0)), h, h ? hq / h : 0, int(q.shape(2)), d,
-          scale, exact};
+  const int b = int(q.shape(0)), n = int(q.shape(2));
+  return {{}, strided(q, "queries"), strided(out, "out"), nullptr, b, h, h ? hq / h : 0, n, d, scale, exact};
 }
 
 void attend_parts(Values q, const std::vector<const HeldPart*>& parts, float scale, bool exact, const std::string& isa,
@@ -236,7 +242,8 @@ Tail* new_tail(Written k, Written v) {
 
 // Whether x is (b, h, n, d) of the tail's type with contiguous channels, and finite.
 bool takes(const Tail& tail, const Values& x, const Side& side, int n) {
-  const bool fits = int(x.shape(0)) == tail.b && int(x.shape(1)) == tail.h && int(x.shape(2)) == n && int(x.shape(3)) == tail.d;
+  const bool fits = int(x.shape(0)) == tail.b && int(x.shape(1)) == tail.h && int(x.shape(2)) == n &&
+                    int(x.shape(3)) == tail.d;
   if (!fits || (tail.d > 1 && x.stride(3) != 1) || kind_of(x, "Tokens") != side.values.kind) return false;
   const Strided rows = strided(x, "tokens");
   for (int i = 0; i < tail.b; i++)
@@ -259,8 +266,8 @@ void write(const Tail& tail, const Values& x, bool keys, int at, int n) {
 
 // Writes new tokens behind the first `count` of the tail, and attends to all parts and causally to the tail. False, and
 // nothing is written, if the tokens are not finite or not like the tail's.
-bool step(Values q, Values k, Values v, const std::vector<const HeldPart*>& parts, const Tail& tail, int count, float scale,
-          bool exact, const std::string& isa, int threads, Written out) {
+bool step(Values q, Values k, Values v, const std::vector<const HeldPart*>& parts, const Tail& tail, int count,
+          float scale, bool exact, const std::string& isa, int threads, Written out) {
   Request r = request(q, out, tail.h, scale, exact);
   Part rows = tail;
   require(count >= 0 && count <= tail.room - r.n, "Tokens ", count, " to ", count + r.n, " of a tail with room for ",
@@ -312,8 +319,8 @@ void bind_attention(nb::module_& m) {
   m.def("attend", &attend_parts, "q"_a.noconvert(), "parts"_a, "scale"_a, "exact"_a, "isa"_a, "threads"_a,
         "out"_a.noconvert(), "lse"_a.noconvert().none());
   nb::class_<Tail>(m, "Tail").def(nb::new_(&new_tail), "k"_a.noconvert(), "v"_a.noconvert());
-  m.def("step", &step, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "parts"_a, "tail"_a, "count"_a, "scale"_a,
-        "exact"_a, "isa"_a, "threads"_a, "out"_a.noconvert());
+  m.def("step", &step, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "parts"_a, "tail"_a, "count"_a,
+        "scale"_a, "exact"_a, "isa"_a, "threads"_a, "out"_a.noconvert());
   m.def("merge", &merge_parts, "outs"_a, "lses"_a);
 }
 

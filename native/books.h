@@ -4,10 +4,11 @@
 
 namespace tersekv {
 
-constexpr int MAX_STAGES = 2, MAX_ENTRIES = 256, MAX_PLACES = 128;  // an index has up to 8 bits, a sub-vector 4 channels and more
+// An index has up to 8 bits, a sub-vector 4 channels and more.
+constexpr int MAX_STAGES = 2, MAX_ENTRIES = 256, MAX_PLACES = 128;
 
-// `entries` sub-vectors of `dim` numbers for each KV head and place in a token, or for all of them: `heads` or `places` is 1.
-// A value is the sum over stages.
+// `entries` sub-vectors of `dim` numbers for each KV head and place in a token, or for all of them: `heads` or `places`
+// is 1. A value is the sum over stages.
 struct Books {
   int dim = 0, index = 0, heads = 0, places = 0;  // `index`: bits of one
   std::vector<std::vector<float>> stages;         // each (heads, places, entries, dim)

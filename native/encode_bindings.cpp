@@ -49,9 +49,23 @@ void check_order(Order order, int d, int bits) {
 }
 
 void check_codes(int d, int bits, int codes, int nbytes) {
-  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim ", d, ": the encoders take multiples of 16 up to ", MAX_HEAD_DIM, ". Use codec.encode.");
-  require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "Codes of ", bits, " bits: the encoders pack 1, 2, 3, 4 and 8. Use codec.encode.");
+  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim ", d, ": the encoders take multiples of 16 up to ",
+          MAX_HEAD_DIM, ". Use codec.encode.");
+  require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "Codes of ", bits,
+          " bits: the encoders pack 1, 2, 3, 4 and 8. Use codec.encode.");
   require(codes >= 0 && codes + d * BLOCK / 8 * bits <= nbytes, "The codes do not fit the block.");
+}
+
+Kind kind_named(const std::string& name) {
+  return named<Kind>(name, {{"fp32", Kind::fp32}, {"fp16", Kind::fp16}, {"bf16", Kind::bf16}, {"log8", Kind::log8},
+                            {"int8", Kind::int8}},
+                     "kind of plane");
+}
+
+Plane& plane_named(Encoder& e, const std::string& name) {
+  return *named<Plane*>(name, {{"values", &e.values}, {"scale", &e.scale}, {"zero", &e.zero},
+                               {"channel_scale", &e.channel_scale}, {"channel_zero", &e.channel_zero}},
+                        "plane");
 }
 
 // The planes of a block; `count` numbers of each must fit it.
@@ -63,22 +77,21 @@ Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& pl
   check_order(e.order, e.d, e.bits);
   check_codes(e.d, method == Method::dense ? 1 : e.bits, e.codes, e.nbytes);
   for (const auto& [name, kind, offset, step] : planes) {
-    Plane* plane = named<Plane*>(name, {{"values", &e.values}, {"scale", &e.scale}, {"zero", &e.zero},
-                                        {"channel_scale", &e.channel_scale}, {"channel_zero", &e.channel_zero}}, "plane");
-    *plane = {named<Kind>(kind, {{"fp32", Kind::fp32}, {"fp16", Kind::fp16}, {"bf16", Kind::bf16},
-                                 {"log8", Kind::log8}, {"int8", Kind::int8}}, "kind of plane"), offset, step};
+    const Plane plane = plane_named(e, name) = {kind_named(kind), offset, step};
     const int count = name == "values" ? BLOCK * e.d : name == "scale" || name == "zero" ? BLOCK : e.d;
-    require(offset >= 0 && offset + count * width_of(plane->kind) <= e.nbytes, "A plane does not fit the block.");
-    require((plane->kind == Kind::int8) == (step >= 0 && step + 2 <= e.nbytes), "int8 planes, and only they, have a step.");
+    require(offset >= 0 && offset + count * width_of(plane.kind) <= e.nbytes, "A plane does not fit the block.");
+    require((plane.kind == Kind::int8) == (step >= 0 && step + 2 <= e.nbytes),
+            "int8 planes, and only they, have a step.");
   }
   return e;
 }
 
 // The scale of a token, the rotation and the mean that go before its codes.
-void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>& signs, const std::vector<float>& log8_edges,
-               float log8_floor) {
+void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>& signs,
+               const std::vector<float>& log8_edges, float log8_floor) {
   require(signs.empty() || int(signs.size()) == e.d, "The rotation needs a sign for each channel.");
-  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8, "A plane `scale`, and 254 edges of its logarithms.");
+  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8,
+          "A plane `scale`, and 254 edges of its logarithms.");
   require(!e.channel_zero || e.channel_zero.kind == Kind::int8, "The mean is stored as int8.");
   std::copy(signs.begin(), signs.end(), e.signs);
   e.rotated = !signs.empty(), e.unbiased = unbiased, e.factor = factor, e.root_d = float(std::sqrt(double(e.d)));
@@ -86,12 +99,13 @@ void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>
 }
 
 Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<float>& thresholds,
-                       const std::vector<float>& centroids, bool unbiased, float factor, const std::vector<float>& signs,
-                       const std::vector<float>& log8_edges, float log8_floor) {
+                       const std::vector<float>& centroids, bool unbiased, float factor,
+                       const std::vector<float>& signs, const std::vector<float>& log8_edges, float log8_floor) {
   Encoder e = base(Method::table, codes, planes);
   const size_t half = size_t(1) << (e.bits - 1);
   require(thresholds.size() == half - 1 && centroids.size() == 2 * half, "The table needs an entry for each code.");
-  require(std::is_sorted(thresholds.begin(), thresholds.end()) && (half == 1 || thresholds[0] > 0), "Thresholds must be positive and ascend.");
+  require(std::is_sorted(thresholds.begin(), thresholds.end()) && (half == 1 || thresholds[0] > 0),
+          "Thresholds must be positive and ascend.");
   set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
   std::fill(e.thresholds, e.thresholds + 256, INFINITY);
   std::copy(thresholds.begin(), thresholds.end(), e.thresholds);
@@ -102,14 +116,16 @@ Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes,
 }
 
 // `odd`: of the states 0..127; the others negate them. `half`: of what they are multiples.
-Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<int>& odd, float half,
-                         bool unbiased, float factor, const std::vector<float>& signs, const std::vector<float>& log8_edges,
-                         float log8_floor) {
+Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<int>& odd,
+                         float half, bool unbiased, float factor, const std::vector<float>& signs,
+                         const std::vector<float>& log8_edges, float log8_floor) {
   Encoder e = base(Method::trellis, codes, planes);
-  require(e.bits <= 4 && odd.size() == 128 && half > 0, "A trellis has 1 to 4 bits, and an entry for each of 128 states.");
+  require(e.bits <= 4 && odd.size() == 128 && half > 0,
+          "A trellis has 1 to 4 bits, and an entry for each of 128 states.");
   set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
   e.per_unit = 2 / half;
-  require(std::ldexp(e.per_unit * e.root_d, e.bits) < 32000, "Entries in steps of ", half, " are too fine at head_dim ", e.d, ".");
+  require(std::ldexp(e.per_unit * e.root_d, e.bits) < 32000, "Entries in steps of ", half, " are too fine at head_dim ",
+          e.d, ".");
   for (int i = 0; i < 256; i++) {
     const int entry = i < 128 ? odd[size_t(i)] : -odd[size_t(i - 128)];
     require(entry >= -127 && entry <= 127, "Entry ", i, " of the trellis is ", entry, ". Allowed: -127 to 127.");
@@ -121,7 +137,8 @@ Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& plane
 Encoder* uniform_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, bool symmetric) {
   Encoder e = base(Method::uniform, codes, planes);
   const Plane &scale = e.channel_scale ? e.channel_scale : e.scale, &zero = e.channel_scale ? e.channel_zero : e.zero;
-  require(e.bits > 1 && scale.kind == Kind::fp16 && (symmetric || zero.kind == Kind::fp16), "Scale and zero are stored as fp16.");
+  require(e.bits > 1 && scale.kind == Kind::fp16 && (symmetric || zero.kind == Kind::fp16),
+          "Scale and zero are stored as fp16.");
   const int top = (1 << (e.bits - symmetric)) - 1;
   e.symmetric = symmetric, e.low = symmetric ? -top - 1 : 0, e.high = top, e.inverse_top = float(1.0 / top);
   return new Encoder(e);
@@ -137,7 +154,8 @@ Kind kind_of(const nb::dlpack::dtype& type) {
   const bool real = type.code == uint8_t(nb::dlpack::dtype_code::Float);
   if (real && type.bits == 32) return Kind::fp32;
   if (real && type.bits == 16) return Kind::fp16;
-  require(type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16, "Values to encode: fp32, fp16 or bf16.");
+  require(type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16,
+          "Values to encode: fp32, fp16 or bf16.");
   return Kind::bf16;
 }
 
@@ -158,8 +176,9 @@ void each_block(const Array& x, size_t inner, Visit visit) {
 
 template <class A, class B>
 void same_lead(const A& a, size_t inner, const B& b) {
-  require(a.ndim() >= inner && b.ndim() == a.ndim() - inner + 1, "Blocks and output must have the same leading dims: one output block for each.");
-  for (size_t i = 0; i + inner < a.ndim(); i++) require(a.shape(i) == b.shape(i), "Blocks and output must have the same leading dims: one output block for each.");
+  bool same = a.ndim() >= inner && b.ndim() == a.ndim() - inner + 1;
+  for (size_t i = 0; same && i + inner < a.ndim(); i++) same = a.shape(i) == b.shape(i);
+  require(same, "Blocks and output must have the same leading dims: one output block for each.");
 }
 
 template <class Array>
@@ -177,20 +196,22 @@ std::vector<uint8_t*> pages_of(const Pages& out, int nbytes) {
 
 void encode_blocks(const Encoder& e, Values x, Pages out, const std::string& isa, int threads) {
   same_lead(x, 2, out);
-  require(x.shape(x.ndim() - 2) == BLOCK, "Blocks of ", x.shape(x.ndim() - 2), " tokens: the encoders take ", BLOCK, ".");
+  const size_t tokens = x.ndim() - 2;  // the dim
+  require(x.shape(tokens) == BLOCK, "Blocks of ", x.shape(tokens), " tokens: the encoders take ", BLOCK, ".");
   check_row(x, e.d);
   const std::vector<uint8_t*> pages = pages_of(out, e.nbytes);
   const Kind kind = kind_of(x.dtype());
   std::vector<Input> blocks;
   each_block(x, 2, [&](int64_t start) {
-    blocks.push_back({static_cast<const uint8_t*>(x.data()) + start, x.stride(x.ndim() - 2) * int64_t(x.itemsize()), kind});
+    blocks.push_back({static_cast<const uint8_t*>(x.data()) + start, x.stride(tokens) * int64_t(x.itemsize()), kind});
   });
   const EncodeKernels& kernels = encode_kernels(isa);
   nb::gil_scoped_release release;
   encode(e, blocks, pages, kernels, threads);
 }
 
-void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, Pages out, const std::string& isa, int threads) {
+void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, Pages out, const std::string& isa,
+                   int threads) {
   const auto& [d, bits, from, offset, nbytes] = codes;
   check_codes(d, bits, offset, nbytes);
   same_lead(blocks, 1, out);
@@ -225,13 +246,15 @@ void bind_encoding(nb::module_& m) {
   nb::class_<Encoder>(m, "Encoder");
   m.def("table_encoder", &table_encoder, "codes"_a, "planes"_a, "thresholds"_a, "centroids"_a, "unbiased"_a, "factor"_a,
         "signs"_a, "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
-  m.def("trellis_encoder", &trellis_encoder, "codes"_a, "planes"_a, "odd"_a, "half"_a, "unbiased"_a, "factor"_a, "signs"_a,
-        "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
+  m.def("trellis_encoder", &trellis_encoder, "codes"_a, "planes"_a, "odd"_a, "half"_a, "unbiased"_a, "factor"_a,
+        "signs"_a, "log8_edges"_a, "log8_floor"_a, nb::rv_policy::take_ownership);
   m.def("uniform_encoder", &uniform_encoder, "codes"_a, "planes"_a, "symmetric"_a, nb::rv_policy::take_ownership);
   m.def("dense_encoder", &dense_encoder, "codes"_a, "planes"_a, nb::rv_policy::take_ownership);
   m.def("encode", &encode_blocks, "encoder"_a, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a, "threads"_a);
-  m.def("repack", &repack_blocks, "blocks"_a.noconvert(), "codes"_a, "order"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
-  m.def("rotate", &rotate_rows, "x"_a.noconvert(), "signs"_a.noconvert(), "back"_a, "out"_a.noconvert(), "isa"_a, "threads"_a);
+  m.def("repack", &repack_blocks, "blocks"_a.noconvert(), "codes"_a, "order"_a, "out"_a.noconvert(), "isa"_a,
+        "threads"_a);
+  m.def("rotate", &rotate_rows, "x"_a.noconvert(), "signs"_a.noconvert(), "back"_a, "out"_a.noconvert(), "isa"_a,
+        "threads"_a);
 }
 
 }  // namespace tersekv

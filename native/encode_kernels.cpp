@@ -14,7 +14,8 @@ namespace {
 
 template <int BITS>
 void encode_bits(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* out) {
-  if (e.method == Method::uniform) return e.channel_scale ? channel_block<BITS>(e, in, s, out) : token_block<BITS>(e, in, s, out);
+  if (e.method == Method::uniform)
+    return e.channel_scale ? channel_block<BITS>(e, in, s, out) : token_block<BITS>(e, in, s, out);
   if constexpr (BITS <= 4)
     if (e.method == Method::trellis) return trellis_block<BITS>(e, in, s, out);
   if (e.unbiased) return table_block<BITS, true>(e, in, s, out);

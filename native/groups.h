@@ -1,8 +1,8 @@
-// Sides of the `grid` recipe whose numbers are in groups: those of a channel for 16 or 32 tokens, as KIVI's keys have them, or
-// those of a token for 16 channels or a multiple, as its values.
+// Sides of the `grid` recipe whose numbers are in groups: those of a channel for 16 or 32 tokens, as KIVI's keys have
+// them, or those of a token for 16 channels or a multiple, as its values.
 //
-// The kernels of whole sides do the work. Keys by groups of channels are scores of so many short keys, values by groups of
-// channels sums of short values, each with its own weights. Keys by groups of tokens meet 16 tokens with a query of
+// The kernels of whole sides do the work. Keys by groups of channels are scores of so many short keys, values by groups
+// of channels sums of short values, each with its own weights. Keys by groups of tokens meet 16 tokens with a query of
 // their own. Values by groups of tokens, which no published method has, are summed once for each group.
 #pragma once
 #include "queries.h"
@@ -13,7 +13,8 @@ namespace tersekv::TERSEKV_ISA {
 class InGroups {
  public:
   InGroups(const Job& job, Scratch& scratch)
-      : job_(job), g_(scratch.groups), k_(*job.k), v_(*job.v), d_(job.d), keys_(k_.in_groups()), values_(v_.in_groups()),
+      : job_(job), g_(scratch.groups), k_(*job.k), v_(*job.v), d_(job.d),
+        keys_(k_.in_groups()), values_(v_.in_groups()),
         k_int8_(!job.exact && k_.bits < 8), v_int8_(!job.exact && v_.bits < 8) {}
 
   bool keys() const { return keys_; }
@@ -52,12 +53,15 @@ class InGroups {
       const int at = by_tokens ? 0 : i;
       const uint8_t* from = codes + at * bytes(wide, width);
       const Ahead later = by_tokens && i ? Ahead{ahead.at, 0, false} : part(ahead, wide, at);
-      if (v_int8_) MIX_INT8[width][rows - 1](v_.levels[0], from, later, wide, g_.int8_weights, strip.nothing, g_.weight_gain, strip.mixed);
+      if (v_int8_)
+        MIX_INT8[width][rows - 1](v_.levels[0], from, later, wide, g_.int8_weights, strip.nothing, g_.weight_gain,
+                                  strip.mixed);
       else MIX_EXACT[width][rows - 1](v_.table, from, later, wide, g_.weights, strip.nothing, strip.one, strip.mixed);
       const float* fade = by_tokens && i ? strip.one : strip.fade;
       for (int j = 0; j < rows; j++) {
         const float* mixed = strip.mixed + j * wide;
-        by_tokens ? add_by_channel(mixed, i, fade[j], j, out + j * d_) : add(mixed, fade[j], j, out + j * d_ + i * wide);
+        if (by_tokens) add_by_channel(mixed, i, fade[j], j, out + j * d_);
+        else add(mixed, fade[j], j, out + j * d_ + i * wide);
       }
     }
   }
@@ -164,7 +168,8 @@ class InGroups {
         const Floats gain = Isa::all(g_.gain[group][r + i]), shift = Isa::all(g_.shift[group][r + i]);
         const Floats total = Isa::all(g_.total[group][r + i]);
         for (int j = 0; j < BLOCK; j += Isa::LANES) {
-          Floats x = (Isa::load<Floats>(dots + BLOCK * i + j) * gain + shift) * Isa::load<Floats>(g_.k_scale + BLOCK * group + j);
+          Floats x = Isa::load<Floats>(dots + BLOCK * i + j) * gain + shift;
+          x *= Isa::load<Floats>(g_.k_scale + BLOCK * group + j);
           x += total * Isa::load<Floats>(g_.k_zero + BLOCK * group + j);
           Isa::store(scores + BLOCK * i + j, group ? Isa::load<Floats>(scores + BLOCK * i + j) + x : x);
         }
@@ -172,8 +177,8 @@ class InGroups {
     }
   }
 
-  // Weights of one group: exponentials times `scale`, rounded as softmax.h does; `mass`, their sum times `zero`; `low`, what the
-  // table's low end and the rounding of weights add to every channel.
+  // Weights of one group: exponentials times `scale`, rounded as softmax.h does; `mass`, their sum times `zero`; `low`,
+  // what the table's low end and the rounding of weights add to every channel.
   void weigh(const float* exponentials, const float* scale, const float* zero, int rows) {
     Floats most[4] = {}, mass[4] = {}, all[4] = {};
     for (int i = 0; i < rows; i++)
@@ -204,7 +209,8 @@ class InGroups {
 
   void add(const float* mixed, float fade, int row, float* out) const {
     const Floats all = Isa::all(g_.low[row] + g_.mass[row]);
-    for (int c = 0; c < v_.channels_each; c += Isa::LANES) Isa::add_to(out + c, fade, 1, Isa::load<Floats>(mixed + c) + all);
+    for (int c = 0; c < v_.channels_each; c += Isa::LANES)
+      Isa::add_to(out + c, fade, 1, Isa::load<Floats>(mixed + c) + all);
   }
 
   void add_by_channel(const float* mixed, int group, float fade, int row, float* out) const {

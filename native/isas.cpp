@@ -64,7 +64,8 @@ std::vector<Choice> find() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                      __builtin_cpu_supports("avx512vnni");
   all.push_back({&amx::kernels, avx2 && avx512 && has_amx(), "AVX-512 and AMX for bytes, on Linux"});
   all.push_back({&avx512::kernels, avx2 && avx512, "AVX-512 with VBMI, VBMI2 and VNNI"});
   all.push_back({&avxvnni::kernels, avx2 && has_avxvnni(), "AVX2 and AVX-VNNI"});

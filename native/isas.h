@@ -17,7 +17,7 @@ struct Choice {
 const std::vector<Choice>& choices();
 
 // Into which cache memory that is read later is asked for. A Zen 5 drops hints for the second level while an address is
-// not translated, as for every new page. A Zen 4 and a Granite Rapids do not, and can have more lines on their way there.
+// not translated, as for every new page. A Zen 4 and a Granite Rapids do not, and can have more lines on their way.
 bool asks_for_first_level();
 
 // By name, or the best for an empty one. Throws std::invalid_argument that says what is allowed.

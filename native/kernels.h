@@ -37,9 +37,10 @@ struct alignas(64) Groups {
   float weight_gain[STRIP], low[STRIP], mass[STRIP];
 };
 
-// What the `vq` recipe keeps of all entries for up to two strips, and a block's decoded values for more rows. See lookups.h.
+// What the `vq` recipe keeps of all entries for up to two strips, and a block's decoded values for more. See lookups.h.
 struct alignas(64) Entries {
-  float products[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP], weights[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP];
+  float products[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP];
+  float weights[2 * MAX_STAGES * MAX_PLACES * MAX_ENTRIES * STRIP];
   float k[BLOCK * MAX_HEAD_DIM], v[BLOCK * MAX_HEAD_DIM];
 };
 

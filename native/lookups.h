@@ -1,9 +1,11 @@
 // The `vq` recipe, in fp32. Up to two strips of query rows never look an entry up:
 //
-// keys     a job starts with the products of its queries with all entries; a score is a sum of those that a token's indices name
-// values   the weight of a token is added to each entry that its indices name; a job ends with the sum of the entries so weighted
+// keys     a job starts with the products of its queries with all entries; a score is a sum of those that a token's
+//          indices name
+// values   the weight of a token is added to each entry that its indices name; a job ends with the sum of the entries
+//          so weighted
 //
-// The four rows of a strip are neighbours in memory, so one index moves four numbers. More rows share a block's decoded values.
+// The four rows of a strip are neighbours in memory, so an index moves four numbers. More rows share decoded values.
 #pragma once
 #include "variants.h"
 
@@ -29,8 +31,8 @@ class Lookups {
   explicit operator bool() const { return books_; }
 
   void read(const uint8_t* block, uint8_t* indices) const {
-    for (int i = 0; i < stages_; i++)
-      unpack_indices(block + (i ? side_.codes2 : side_.codes), books_->index, BLOCK * places_, indices + i * BLOCK * places_);
+    for (int i = 0, count = BLOCK * places_; i < stages_; i++)
+      unpack_indices(block + (i ? side_.codes2 : side_.codes), books_->index, count, indices + i * count);
   }
 
   // Products of the `rows` queries of strip `strip` with all entries.
@@ -54,7 +56,8 @@ class Lookups {
     for (int j = 0; j < BLOCK; j += 4) {
       Quad a = {}, b = {}, c = {}, d = {};  // sums of four tokens
       each_index(indices, strip, j, [&](const float* at, int i, int k, int l, int m) {
-        a += Isa::load<Quad>(at + i), b += Isa::load<Quad>(at + k), c += Isa::load<Quad>(at + l), d += Isa::load<Quad>(at + m);
+        a += Isa::load<Quad>(at + i), b += Isa::load<Quad>(at + k);
+        c += Isa::load<Quad>(at + l), d += Isa::load<Quad>(at + m);
       });
       for (int r = 0; r < rows; r++) Isa::store(dots + BLOCK * r + j, Quad{a[r], b[r], c[r], d[r]});
     }
@@ -99,7 +102,8 @@ class Lookups {
         float* to = decoded_ + j * d_ + place * books_->dim;
         std::memset(to, 0, sizeof(float) * size_t(books_->dim));
         for (int i = 0; i < stages_; i++) {
-          const float* entry = books_->entry(i, head_, place) + books_->dim * indices[(i * BLOCK + j) * places_ + place];
+          const int index = indices[(i * BLOCK + j) * places_ + place];
+          const float* entry = books_->entry(i, head_, place) + books_->dim * index;
           for (int k = 0; k < books_->dim; k++) to[k] += entry[k];
         }
       }
@@ -120,7 +124,8 @@ class Lookups {
     static constexpr int count = COUNT;
   };
 
-  // Calls visit(four numbers of the first entry, the entry itself, channel, width) for so many channels of all entries at a time.
+  // Calls visit(four numbers of the first entry, the entry itself, channel, width) for so many channels of all entries
+  // at a time.
   template <class Visit>
   INLINE void each_book(int strip, Visit visit) const {
     const int dim = books_->dim;

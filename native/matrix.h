@@ -1,8 +1,10 @@
-// Scores and sums of values where a processor multiplies whole matrices of bytes (`Isa::Matrix`): up to 16 query rows share
-// a pass over a block's levels, at the price of one. Integers, and so results, are those of `score_int8` and `mix_int8`.
+// Scores and sums of values where a processor multiplies whole matrices of bytes (`Isa::Matrix`): up to 16 query rows
+// share a pass over a block's levels, at the price of one. Integers, and so results, are those of `score_int8` and
+// `mix_int8`.
 //
-// Levels lie as codes of 8 bits do, and that is what such units take. Keys: 64 bytes hold four channels of 16 tokens, those
-// of the next four channels lie 256 bytes on. Values: 64 bytes hold four tokens of 16 channels, the next four tokens follow.
+// Levels lie as codes of 8 bits do, and that is what such units take. Keys: 64 bytes hold four channels of 16 tokens,
+// those of the next four channels lie 256 bytes on. Values: 64 bytes hold four tokens of 16 channels, the next four
+// tokens follow.
 #pragma once
 #include "tile.h"
 
@@ -10,7 +12,8 @@ namespace tersekv::TERSEKV_ISA {
 
 // Scores of rows q (rows, d) over block i of a tile, to the strips that they belong to.
 template <class Matrix>
-void score_matrix(const Matrix& matrix, const uint8_t* levels, int d, const int8_t* q, int rows, int i, Products& p, Strip* strips) {
+void score_matrix(const Matrix& matrix, const uint8_t* levels, int d, const int8_t* q, int rows, int i, Products& p,
+                  Strip* strips) {
   for (int tile = 0; tile < 4; tile++)
     matrix.product(d, q, d, levels + VECTOR * tile, 4 * VECTOR, p.sums + 16 * tile, 4 * BLOCK);
   for (int r = 0; r < rows; r++)

@@ -20,27 +20,27 @@ struct Plane {
   explicit operator bool() const { return kind != Kind::none; }
 };
 
-// How the keys or the values of a block become numbers: the `grid` or `trellis` recipe, or, if `bits` is 0, `vq` where there
-// are books and `dense` where not.
+// How the keys or the values of a block become numbers: the `grid` or `trellis` recipe, or, if `bits` is 0, `vq` where
+// there are books and `dense` where not.
 struct Side {
   int bits = 0;                  // of a code; 0: plane `values` holds the numbers themselves
   int d = 0;                     // head dim
   int start = 0, bytes = 0;      // of this side in the page
-  int codes = 0, codes2 = 0;     // offset of the codes plane, in the simd or trellis order of its side, and of that of a second stage
+  int codes = 0, codes2 = 0;     // offset of the plane of codes, in its side's simd or trellis order; of a second stage
   std::shared_ptr<const Books> books;  // of `vq`, whose codes are indices in the linear order
   Plane values;                  // dense only
   Plane scale, zero;             // one number for each token
   Plane channel_scale, channel_zero;  // one number for each channel
   int tokens_each = BLOCK;       // that share the numbers of a channel; if fewer, its planes have a row for each group
-  int channels_each = 0;         // that share the numbers of a token; if fewer than `d`, its planes have a column for each group
-  bool channels_first = false;   // (table * channel scale + channel zero) * scale, not (table * scale + zero) * channel scale ...
+  int channels_each = 0;         // that share the numbers of a token; if fewer than `d`, a column for each group
+  bool channels_first = false;   // (table * channel scale + channel zero) * scale, not the token's numbers first
   bool trellis = false;          // the table is looked up by the last 8 bits of a token's codes, not by one of them
   float table[256] = {};         // what a code stands for
   float step = 0, low = 0;       // table[i] is near low + step * levels[i]
   // What roundings are measured from: half of an asymmetric grid's range.
   float middle() const { return low + 63.5f * step; }
-  // Of a trellis the first 128 entries, exactly; the others are 127 less those. Otherwise the table on 0..127, by indices
-  // of 6 bits in which a code may lie at several places: see `code_at`.
+  // Of a trellis the first 128 entries, exactly; the others are 127 less those. Otherwise the table on 0..127, by
+  // indices of 6 bits in which a code may lie at several places: see `code_at`.
   uint8_t levels[4][64] = {};
 
   bool in_token_groups() const { return tokens_each < BLOCK; }

@@ -24,7 +24,8 @@ size_t index_of(std::vector<const float*>& known, const float* signs) {
 class Step {
  public:
   Step(const Request& request, const Kernels& kernels, const EncodeKernels& rows, int threads)
-      : r_(request), kernels_(kernels), rows_(rows), per_head_(request.g * request.n), tiles_((per_head_ + ROWS - 1) / ROWS) {
+      : r_(request), kernels_(kernels), rows_(rows), per_head_(request.g * request.n),
+        tiles_((per_head_ + ROWS - 1) / ROWS) {
     int64_t work = 0;
     for (const Part* part : r_.parts) {
       int64_t tokens = 0;

@@ -82,7 +82,8 @@ struct Sink {
       uint8_t* unit = bytes + 512 * (2 * (c / 16) + t / 32);
       Isa::store(unit + 64 * (t % 32 / 4) + 4 * (c % 16), code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24);
     } else {
-      for (int j = 0; j < GROUP; j++) Isa::store_int8(reinterpret_cast<int8_t*>(bytes) + (t + j) * d + c, (Floats)code[j]);
+      for (int j = 0; j < GROUP; j++)
+        Isa::store_int8(reinterpret_cast<int8_t*>(bytes) + (t + j) * d + c, (Floats)code[j]);
     }
   }
 };

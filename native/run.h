@@ -102,11 +102,12 @@ class Run {
     }
   }
 
-  // One step of the running softmax. Numbers in groups are those of one block. Keys with channel scales change the query
-  // from block to block, and levels of many blocks would not stay in the first-level cache, so such tiles are of one
-  // block; products of matrices want more.
+  // One step of the running softmax. Numbers in groups are those of one block. Keys with channel scales change the
+  // query from block to block, and levels of many blocks would not stay in the first-level cache, so such tiles are of
+  // one block; products of matrices want more.
   void attend_tile(int64_t first, int count) {
-    const int step = (shared_ && (!matrix_ || k_books_ || v_books_)) || job_.k->channel_scale || groups_.any() ? 1 : count;
+    const bool in_cache = shared_ && (!matrix_ || k_books_ || v_books_);
+    const int step = in_cache || job_.k->channel_scale || groups_.any() ? 1 : count;
     for (int64_t b = first; b < first + count; b += step) {
       bool whole = !job_.tokens.causal;
       for (int i = 0; i < step; i++) {
@@ -117,7 +118,8 @@ class Run {
       for (int r = 0; r < job_.rows; r += group_) {
         const int rows = least(group_, job_.rows - r);
         for (int i = 0; i < step; i++) score(blocks_[i], i, r, rows);
-        for (int j = 0; j < rows; j += Isa::STRIP) soften(step, b, r + j, least(Isa::STRIP, rows - j), whole, strips_[j / STRIP]);
+        for (int j = 0; j < rows; j += Isa::STRIP)
+          soften(step, b, r + j, least(Isa::STRIP, rows - j), whole, strips_[j / STRIP]);
         for (int i = 0; i < step; i++) mix(blocks_[i], i, r, rows);
       }
     }
@@ -221,7 +223,8 @@ class Run {
 
   // A side of a block as bytes, if that is how it is read: looked up for the first group of rows, the others find it. A
   // single group needs it once, so all blocks use the same memory, which stays in the first-level cache.
-  const uint8_t* bytes(const Side& s, bool int8, const uint8_t* from, uint8_t* of_block, uint8_t* of_all, int r, Ahead& ahead) {
+  const uint8_t* bytes(const Side& s, bool int8, const uint8_t* from, uint8_t* of_block, uint8_t* of_all, int r,
+                       Ahead& ahead) {
     if (!s.trellis && !(int8 && shared_)) return nullptr;
     uint8_t* found = job_.rows <= group_ ? of_all : of_block;
     if (r) return found;
@@ -253,7 +256,8 @@ class Run {
       SCORE_DENSE[0][rows - 1](k_books_.decoded(), 4 * d_, block.last, d_, q, scores);
     } else if (!s.bits) {
       const uint8_t* keys = block.k + s.values.offset;
-      SCORE_DENSE[of_kind(s.values.kind)][rows - 1](keys, dense_stride(s, job_.tokens.k_stride), block.last, d_, q, scores);
+      const int64_t stride = dense_stride(s, job_.tokens.k_stride);
+      SCORE_DENSE[of_kind(s.values.kind)][rows - 1](keys, stride, block.last, d_, q, scores);
     } else if (k_int8_) {
       SCORE_INT8[width][rows - 1](s.levels[0], codes, ahead, d_, q_.int8 + r * d_, scores);
     } else {
@@ -267,10 +271,12 @@ class Run {
     if constexpr (Isa::MATRIX)
       if (matrix_ && v_int8_) mix_matrix(*matrix_, levels, d_, rows, i, strips_, products_);
     for (int j = 0; j < rows; j += Isa::STRIP, later.each = 0)
-      mix_strip(block, levels, later, i, r + j, least(Isa::STRIP, rows - j), strips_[j / STRIP], products_.sums + j * d_);
+      mix_strip(block, levels, later, i, r + j, least(Isa::STRIP, rows - j), strips_[j / STRIP],
+                products_.sums + j * d_);
   }
 
-  void mix_strip(const Block& block, const uint8_t* levels, Ahead ahead, int i, int r, int rows, Strip& strip, const int32_t* sums) {
+  void mix_strip(const Block& block, const uint8_t* levels, Ahead ahead, int i, int r, int rows, Strip& strip,
+                 const int32_t* sums) {
     const Side& s = *job_.v;
     const bool by_channel = s.channel_scale || s.channel_zero;
     float* out = by_channel ? strip.mixed : out_.out + r * d_;

@@ -28,11 +28,13 @@ void set_groups(Side& side, bool of_tokens, int groups) {
 // What the kernels have no form for; both planes of a kind must be in the same groups.
 void check_groups(const Side& s, const std::vector<PlaneArgs>& planes) {
   const bool of_token = s.scale || s.zero, of_channel = s.channel_scale || s.channel_zero;
-  require(!s.in_groups() || !(of_token && of_channel), "Numbers in groups beside others: tokens may have them, or channels, not both.");
+  require(!s.in_groups() || !(of_token && of_channel),
+          "Numbers in groups beside others: tokens may have them, or channels, not both.");
   require(!s.in_groups() || (s.bits && !s.trellis), "Numbers in groups are for codes of a grid.");
   require(!s.channels_first || !(s.zero || s.in_groups()), "Channels first: no zeros of tokens and no groups.");
   for (const auto& [name, kind, offset, step, groups] : planes) {
-    const int right = name.substr(0, 7) == "channel" ? BLOCK / s.tokens_each : name == "values" ? 1 : s.d / s.channels_each;
+    const bool of_channels = name.substr(0, 7) == "channel";
+    const int right = of_channels ? BLOCK / s.tokens_each : name == "values" ? 1 : s.d / s.channels_each;
     require(groups == right, "Plane ", name, " in ", groups, " groups. Allowed: ", right, ", as the other plane.");
   }
 }
@@ -47,7 +49,8 @@ void set_plane(Side& side, const PlaneArgs& args) {
   else if (name == "channel_scale") side.channel_scale = plane, count = side.d;
   else if (name == "channel_zero") side.channel_zero = plane, count = side.d;
   else require(false, "Unknown plane \"", name, "\". Allowed: values, scale, zero, channel_scale, channel_zero.");
-  require(groups == 1 || (groups > 1 && name != "values"), "Plane ", name, " in ", groups, " groups. Allowed: 1 and more, values 1.");
+  require(groups == 1 || (groups > 1 && name != "values"), "Plane ", name, " in ", groups,
+          " groups. Allowed: 1 and more, values 1.");
   if (groups > 1) set_groups(side, name.substr(0, 7) == "channel", groups);
   count *= groups;
   const bool inside = offset >= 0 && offset + count * width(plane.kind) <= side.bytes && step + 2 <= side.bytes;
@@ -71,7 +74,7 @@ void set_levels(Side& side, const std::vector<float>& table) {
     }
 }
 
-// A trellis' entries are levels already: odd multiples -127..127 of half a step, the second half of them the first one negated.
+// A trellis' entries are levels already: odd multiples -127..127 of half a step, the second half the first one negated.
 void set_trellis(Side& side, const std::vector<float>& table, float half) {
   side.step = 2 * half, side.low = -127 * half;
   for (int i = 0; i < 256; i++) {
@@ -111,32 +114,38 @@ Side make_side(int bits, int d, int start, int bytes, int codes, const std::vect
   return side;
 }
 
-std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim, std::vector<std::vector<float>> stages) {
+std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim,
+                                        std::vector<std::vector<float>> stages) {
   require(index >= 2 && index <= 8 && dim >= 4 && dim % 4 == 0, "Indices of ", index, " bits to sub-vectors of ", dim,
           ". Allowed: 2 to 8 bits, multiples of 4.");
   require(!stages.empty() && stages.size() <= MAX_STAGES, stages.size(), " stages. Allowed: 1 or 2.");
+  const int64_t numbers = int64_t(heads) * places * dim << index;
   for (const auto& stage : stages)
-    require(heads > 0 && places > 0 && int64_t(stage.size()) == (int64_t(heads) * places * dim << index), "Books of ", stage.size(),
-            " numbers for ", heads, " heads and ", places, " places. They must have ", 1 << index, " entries of ", dim, " each.");
+    require(heads > 0 && places > 0 && int64_t(stage.size()) == numbers, "Books of ", stage.size(), " numbers for ",
+            heads, " heads and ", places, " places. They must have ", 1 << index, " entries of ", dim, " each.");
   auto books = std::make_shared<Books>();
-  books->index = index, books->heads = heads, books->places = places, books->dim = dim, books->stages = std::move(stages);
+  books->index = index, books->heads = heads, books->places = places, books->dim = dim;
+  books->stages = std::move(stages);
   return books;
 }
 
 Side make_books_side(int d, int start, int bytes, int codes, int codes2, const std::vector<PlaneArgs>& planes,
                      std::shared_ptr<const Books> books) {
-  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0 && d % books->dim == 0, "head_dim ", d, " with sub-vectors of ", books->dim,
-          ". Allowed: a multiple of 16 and of them, up to ", MAX_HEAD_DIM, ".");
+  require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0 && d % books->dim == 0, "head_dim ", d, " with sub-vectors of ",
+          books->dim, ". Allowed: a multiple of 16 and of them, up to ", MAX_HEAD_DIM, ".");
   const int places = d / books->dim, packed = BLOCK * places * books->index / 8;
-  require(books->places == 1 || books->places == places, "Books for ", books->places, " places. Allowed: 1 or ", places, ".");
+  require(books->places == 1 || books->places == places, "Books for ", books->places, " places. Allowed: 1 or ", places,
+          ".");
   for (const int at : {codes, books->stages.size() > 1 ? codes2 : codes})
-    require(at >= 0 && at + packed <= bytes, "A plane of codes at byte ", at, " ends beyond the ", bytes, " bytes of its block.");
+    require(at >= 0 && at + packed <= bytes, "A plane of codes at byte ", at, " ends beyond the ", bytes,
+            " bytes of its block.");
   Side side;
   side.d = side.channels_each = d, side.start = start, side.bytes = bytes, side.codes = codes, side.codes2 = codes2;
   side.books = std::move(books);
   for (const PlaneArgs& plane : planes) set_plane(side, plane);
   check_groups(side, planes);
-  require(!side.values && !side.zero && !side.channel_scale, "Books have no planes values, zero and channel_scale. Allowed: scale, channel_zero.");
+  require(!side.values && !side.zero && !side.channel_scale,
+          "Books have no planes values, zero and channel_scale. Allowed: scale, channel_zero.");
   return side;
 }
 

@@ -8,8 +8,8 @@
 
 namespace tersekv {
 
-// Name, kind, offset, offset of the step or -1, and in how many groups: 1, or of tokens for a number of a channel and of
-// channels for a number of a token.
+// Name, kind, offset, offset of the step or -1, and in how many groups: 1, or of tokens for a number of a channel and
+// of channels for a number of a token.
 using PlaneArgs = std::tuple<std::string, std::string, int, int, int>;
 
 // Throws std::invalid_argument that says what is allowed. `start`: of the side in its page; `bytes`: of the side.
@@ -22,6 +22,7 @@ Side make_books_side(int d, int start, int bytes, int codes, int codes2, const s
                      std::shared_ptr<const Books> books);
 
 // A stage is (heads, places, entries, dim).
-std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim, std::vector<std::vector<float>> stages);
+std::shared_ptr<const Books> make_books(int index, int heads, int places, int dim,
+                                        std::vector<std::vector<float>> stages);
 
 }  // namespace tersekv

@@ -92,8 +92,8 @@ struct Ahead {
   }
 };
 
-// TILES token tiles from `first` on, which share the loads of their queries. EACH: every tile has queries of its own, R rows
-// after those of the tile before.
+// TILES token tiles from `first` on, which share the loads of their queries. EACH: every tile has queries of its own, R
+// rows after those of the tile before.
 template <int BITS, int R, int TILES, bool EACH>
 INLINE void score_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int first, int part, Ahead ahead, int d,
                         const int8_t* q, float* dots) {
@@ -179,7 +179,8 @@ void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d,
       for (int i = 0; i < 8; i++)
         for (int tile = 0; tile < 4; tile++) {
           const Floats value = table((Ints)unit.field(4 * (i / 4) + tile) >> 8 * (i % 4));
-          for (int r = 0; r < R; r++) sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i + (EACH ? tile * R * d : 0)]);
+          for (int r = 0; r < R; r++)
+            sum[tile][r] += value * Isa::all(q[r * d + 8 * u + i + (EACH ? tile * R * d : 0)]);
         }
     }
     for (int r = 0; r < R; r++)

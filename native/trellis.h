@@ -2,8 +2,8 @@
 // The kernels of 8-bit codes do the rest.
 //
 // The codes of a token are one stream of bits, cut into words of 32, the first bit highest; a value depends on the last
-// eight bits up to its own. Keys: a 32-bit lane holds a word of a token, and becomes the windows of four channels. Values:
-// 128 bits hold a word of four tokens, and become the windows of four channels of each, turned round.
+// eight bits up to its own. Keys: a 32-bit lane holds a word of a token, and becomes the windows of four channels.
+// Values: 128 bits hold a word of four tokens, and become the windows of four channels of each, turned round.
 #pragma once
 #include "tile.h"
 
@@ -13,7 +13,8 @@ namespace tersekv::TERSEKV_ISA {
 template <int BITS>
 struct End {
   int word, after;
-  explicit INLINE End(int group) : word((4 * BITS * (group + 1) - 1) / 32), after(32 * word + 32 - 4 * BITS * (group + 1)) {}
+  explicit INLINE End(int group)
+      : word((4 * BITS * (group + 1) - 1) / 32), after(32 * word + 32 - 4 * BITS * (group + 1)) {}
 };
 
 // `look_up`: window of each byte to what is stored. `before`: the words before `now`.

@@ -45,7 +45,8 @@ void token_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* o
     Floats high[4], low[4];
     for (int j = 0; j < GROUP; j++) {
       high[j] = y(j, 0), low[j] = -y(j, 0);
-      for (int c = LANES; c < e.d; c += LANES) high[j] = Isa::max(high[j], y(j, c)), low[j] = Isa::max(low[j], -y(j, c));
+      for (int c = LANES; c < e.d; c += LANES)
+        high[j] = Isa::max(high[j], y(j, c)), low[j] = Isa::max(low[j], -y(j, c));
     }
     const Range range(e, e.scale, e.zero, t, -Isa::highest(low), Isa::highest(high), out);
     put_codes(sink, t, [&](int j, int c) EACH_TIME {

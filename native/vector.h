@@ -1,6 +1,6 @@
 // Arithmetic that GCC and Clang vectorise by themselves, over registers of TERSEKV_WIDTH bytes, which the ISA's header
-// defines before it includes this one. The ISA adds what compilers cannot do. (The width is a macro, because GCC ignores
-// a vector size that depends on a template parameter.)
+// defines before it includes this one. The ISA adds what compilers cannot do. (The width is a macro, because GCC
+// ignores a vector size that depends on a template parameter.)
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -144,7 +144,8 @@ struct Vector {
   template <int BITS>
   static INLINE Bytes windows(Ints x) {
     const Words last = (Words)x;
-    return (Bytes)((last >> 3 * BITS & 0xff) | (last >> 2 * BITS & 0xff) << 8 | (last >> BITS & 0xff) << 16 | last << 24);
+    return (Bytes)((last >> 3 * BITS & 0xff) | (last >> 2 * BITS & 0xff) << 8 | (last >> BITS & 0xff) << 16 |
+                   last << 24);
   }
   // 16 bytes: four by four, rows become columns.
   static INLINE Bytes transposed(Bytes x) {
@@ -155,7 +156,8 @@ struct Vector {
   // 128-bit lanes: those below `split` from `first`, the others from `second`.
   static INLINE Ints lanes(const uint8_t* first, const uint8_t* second, int split) {
     Ints out;
-    for (int i = 0; i < WIDTH / 16; i++) std::memcpy(reinterpret_cast<uint8_t*>(&out) + 16 * i, i < split ? first : second, 16);
+    for (int i = 0; i < WIDTH / 16; i++)
+      std::memcpy(reinterpret_cast<uint8_t*>(&out) + 16 * i, i < split ? first : second, 16);
     return out;
   }
   // A table of 128 bytes, by the low seven bits of an index.
@@ -201,7 +203,8 @@ struct Vector {
   // Lane i of each of the registers that `index` names.
   static INLINE Ints gathered(const uint8_t* registers, Ints index) {
     Ints out;
-    for (int i = 0; i < LANES; i++) std::memcpy(reinterpret_cast<uint8_t*>(&out) + 4 * i, registers + WIDTH * index[i] + 4 * i, 4);
+    for (int i = 0; i < LANES; i++)
+      std::memcpy(reinterpret_cast<uint8_t*>(&out) + 4 * i, registers + WIDTH * index[i] + 4 * i, 4);
     return out;
   }
   static INLINE Ints from_bytes(const uint8_t* p) {
@@ -212,7 +215,8 @@ struct Vector {
   static INLINE Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
   static INLINE Ints count(Ints level, Floats x, Floats threshold) { return level - (Ints)(x > threshold); }
   static INLINE Ints flip(Ints level, Floats sign, Ints mask) { return level ^ ((Ints)(sign < Floats{}) & mask); }
-  // The low bytes of four tokens' codes: four channels of a token side by side, and 256 bytes on the next four channels.
+  // The low bytes of four tokens' codes: four channels of a token side by side, and 256 bytes on the next four
+  // channels.
   static INLINE void store_words(uint8_t* p, const Ints code[4]) {
     for (int i = 0; i < LANES; i++)
       for (int j = 0; j < 4; j++) p[256 * (i / 4) + 4 * j + i % 4] = uint8_t(code[j][i]);

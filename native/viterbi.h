@@ -1,8 +1,10 @@
-// Encoding by a trellis: block mean, rotation and scale as by a table; codes are those of the walk of least squared error.
+// Encoding by a trellis: block mean, rotation and scale as by a table; codes are those of the walk of least squared
+// error.
 //
-// Viterbi's algorithm over integers, one token a lane. States are 8 bits; their oldest BITS are the fork, which the next
-// code pushes out, and what is left is a head: the 2^BITS states of one head differ in their newest code. A cost is a
-// multiple of 2^BITS, plus the fork of its state, so that the least of costs names its fork, the lowest one of equals.
+// Viterbi's algorithm over integers, one token a lane. States are 8 bits; their oldest BITS are the fork, which the
+// next code pushes out, and what is left is a head: the 2^BITS states of one head differ in their newest code. A cost
+// is a multiple of 2^BITS, plus the fork of its state, so that the least of costs names its fork, the lowest one of
+// equals.
 #pragma once
 #include <utility>
 
@@ -21,8 +23,8 @@ INLINE void repeated(F f) {
   each_of(std::make_integer_sequence<int, COUNT>{}, f);
 }
 
-// States that differ in their oldest OLD bits stay among themselves for STEPS values, which replace these bits: they are
-// read and written once. The bits between are the number of such a group.
+// States that differ in their oldest OLD bits stay among themselves for STEPS values, which replace these bits: they
+// are read and written once. The bits between are the number of such a group.
 template <int BITS>
 struct Walk {
   static constexpr int STATES = 256, FORKS = 1 << BITS, HEADS = STATES / FORKS;
@@ -123,7 +125,8 @@ struct Walk {
 inline void to_units(const Encoder& e, const float* y, int32_t* w, Quad* energies) {
   for (int t = 0; t < BLOCK; t += GROUP, y += GROUP * e.d) {
     const auto at = [&](int j, int c) EACH_TIME { return Isa::load<Floats>(y + j * e.d + c); };
-    const Quad energy = energies[t / GROUP] = channel_sums(e.d, [&](int j, int c) EACH_TIME { return at(j, c) * at(j, c); });
+    const auto square = [&](int j, int c) EACH_TIME { return at(j, c) * at(j, c); };
+    const Quad energy = energies[t / GROUP] = channel_sums(e.d, square);
     const Quad unit = ratio(Quad{} + e.root_d, root(energy));
     for (int c = 0; c < e.d; c += LANES)
       for (int j = 0; j < GROUP; j++) {

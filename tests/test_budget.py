@@ -10,14 +10,14 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3830,
-    "bench": 2400,
-    "calibrate": 1420,
-    "codecs": 1520,
-    "eval": 1440,
+    ".": 3840,
+    "bench": 2520,
+    "calibrate": 1440,
+    "codecs": 1560,
+    "eval": 1560,
     "hf": 1480,
     "models": 600,
-    "ops": 1580,
+    "ops": 1600,
     "ops/cuda": 1220,
     "policy": 1330,
     "reports": 840,

@@ -1,6 +1,7 @@
 """Fitted codebooks: weighted k-means does what it says, a stopped run goes on, and files are for one model."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from tersekv.hf.capture import Seen, observed
 from tersekv.hf.cost import sequence_bytes
 from tersekv.layout import BLOCK
 from tersekv.models import load
+from tersekv.ops import refusals
 from tersekv.ops.anchors import causal_scores
+from tersekv.ops.planes import read_codes
+from tersekv.ops.rope import turned
 from tersekv.prompt import prompt_ids
 from tersekv.spec import parse
 from tersekv.store import Store
@@ -126,6 +130,60 @@ def test_each_layer_side_and_head_has_its_own_books(books: FittedBooks) -> None:
             assert torch.equal(decoded[0, head, :, :, 4 * place : 4 * place + 4], nearest)
 
 
+@pytest.fixture
+def books_before(calibration: Settings, tmp_path: Path) -> FittedBooks:
+    return run(calibration, tmp_path / "run", tmp_path / "before.safetensors", replace(SHAPE, rope="before"))
+
+
+def test_keys_before_rope_are_entries_at_their_positions(books: FittedBooks, books_before: FittedBooks) -> None:
+    """A key whose sub-vectors are entries of the books comes back, with the same codes wherever it was."""
+    codec, after = parse(books_before.spec).k.at(1), parse(books.spec).k.at(1)
+    assert isinstance(codec, VQ) and isinstance(after, VQ) and codec.tables.places == 8
+    assert codec.layout(32).nbytes - after.layout(32).nbytes == 16, "a block's first position, aligned"
+    index = torch.randint(16, (1, 2, 3, BLOCK, 8), dtype=torch.uint8)
+    entries = codec.tables.values((index,))
+    at = (starts := torch.tensor([4, 68, 5000]).expand(1, 2, 3))[..., None] + torch.arange(BLOCK)
+    x = turned(entries, at, codec.frequencies, back=False)
+    packed = codec.encode_at(x, starts)
+    assert torch.equal(read_codes(packed).flatten(), index.flatten())
+    assert torch.allclose(codec.decode(packed), x, atol=1e-5)
+    tables = [Books.load(some.path).tensors for some in (books, books_before)]
+    assert not torch.equal(tables[0]["1.k.0"], tables[1]["1.k.0"]) and torch.equal(*(x["1.v.0"] for x in tables))
+
+
+def test_keys_before_rope_in_a_model(books_before: FittedBooks, llama: PreTrainedModel, tmp_path: Path) -> None:
+    """A saved cache says the same, one in steps nearly; a cropped one goes on; frequencies are counted."""
+    spec, ids = parse(f"{books_before.spec} recent=32"), torch.randint(1, 97, (2, 300))
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    with tersekv.attached(llama):
+        cache, steps = (tersekv.cache(llama, str(spec)) for _ in range(2))
+        forward(llama, cache, ids, mask)
+        for start, stop in pairwise((0, 90, 91, 230, 300)):
+            forward(llama, steps, ids[:, start:stop], mask[:, :stop])
+        assert cache.report().planes()["codec", "k.fitted"] == 3 * (2 * 8 * 16 * 4 * 2 + 16 * 8)
+        tersekv.save(cache, tmp_path / "cache.safetensors", llama)
+        again = tersekv.load(tmp_path / "cache.safetensors", llama)
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), 1)
+        said = [forward(llama, some, ids[:, :1], mask) for some in (cache, again, steps)]
+        assert torch.equal(said[0], said[1])
+        assert (said[2] - said[0]).norm() < 0.2 * said[0].norm()
+        cache.crop(-130)
+        forward(llama, cache, ids[:, :5], torch.cat((mask[:, :171], torch.ones(2, 5, dtype=torch.int64)), 1))
+    layout, recipe = spec.k.layout(32), spec.k.recipe(32)
+    assert "vq, before RoPE" in refusals({"k": (layout, recipe)})
+
+
+def test_chunks_of_keys_before_rope_give_the_same_bytes(books_before: FittedBooks) -> None:
+    spec, x = parse(f"{books_before.spec} recent=0 sink=0").at(1), torch.randn(2, 1, 2, 300, 32)
+    whole, parts = (Store(spec, 1, 2, 32, torch.float32, torch.device("cpu")) for _ in range(2))
+    whole.append(*x, None)
+    for some in x.split((1, 70, 5, 224), 3):
+        parts.append(*some, None)
+    assert torch.equal(whole.decoded().k, parts.decoded().k) and whole.decoded().k.shape[2] == 300
+    assert (whole.decoded().k[:, :, :256] != x[0, :, :, :256]).all()
+
+
 def test_a_ragged_batch_is_its_sequences_alone(books: FittedBooks) -> None:
     """Rows with fewer blocks leave gaps, in which no head may take another's books."""
     spec, x = parse(f"{books.spec} recent=0 sink=0").at(1), torch.randn(2, 2, 2, 300, 32)
@@ -144,6 +202,10 @@ def test_what_books_refuse(
             tersekv.cache(any_model, books.spec)
     with pytest.raises(SpecError, match="was made for index=4, not 6"):
         parse(books.spec.replace("index=4", "index=6"))
+    with pytest.raises(SpecError, match="was made for rope=after, not before"):
+        parse(books.spec.replace("index=4", "index=4,rope=before", 1))
+    with pytest.raises(SpecError, match="rope=before needs books=FILE"):
+        parse("vq:rope=before")
     with pytest.raises(SpecError, match=r"no table 7\.k"):
         parse(books.spec).k.at(7)
     with pytest.raises(SpecError, match="is for another"):
@@ -209,7 +271,7 @@ def test_weighted_books_lose_less_of_what_counts_on_real_keys_and_values() -> No
             loaded.model(input_ids=ids[:, start : start + 500], use_cache=False, logits_to_keep=1)
     parts = [Sample({name: x[:, :, 4:436] for name, x in sample.items()}) for sample in samples]
     lost = {
-        weights: [fit_layer(Shape(16, 6, 1, weights, 8), layer, parts, parts, 0)[1] for layer in (10, 20)]
+        weights: [fit_layer(Shape(16, 6, weights=weights, rounds=8), layer, parts, parts, 0)[1] for layer in (10, 20)]
         for weights in ("anchors", "none")
     }
     for side in "kv":

@@ -22,7 +22,7 @@ CONFIGURATIONS = [
     "intn:bits=2,axis=channel,group=32",
     "intn:bits=4,symmetric=yes",
     "intn:bits=8,axis=channel,group=16,symmetric=yes",
-    "direction:bits=2,norm=fp16",
+    "direction:bits=2,norm=log8",
     "direction:bits=3,codebook=shared",
     "kivi:bits=4,group=64",
     "kvquant:bits=2,outliers=0",

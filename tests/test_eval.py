@@ -28,7 +28,7 @@ from tersekv.models import LoadedModel
 from tersekv.record import write
 from tersekv.reports.differences import against
 from tersekv.reports.replications import PUBLISHED
-from tersekv.reports.tables import Results, tables
+from tersekv.reports.tables import Results, models, tables
 from tersekv.terminal import Stages, to_text
 
 
@@ -168,7 +168,7 @@ repeats = 1
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFile:
     loaded = LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none")
-    monkeypatch.setattr("tersekv.eval.run.load", lambda *_: loaded)
+    monkeypatch.setattr("tersekv.eval.reading.load", lambda *_: loaded)
     text, file = tmp_path / "text.txt", tmp_path / "run.toml"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     file.write_text(RUN)
@@ -233,7 +233,7 @@ def test_a_killed_run_goes_on_where_it_was(settings: RunFile, tmp_path: Path, mo
         measured(settings, folder)
     monkeypatch.undo()
     monkeypatch.setattr(
-        "tersekv.eval.run.load",
+        "tersekv.eval.reading.load",
         lambda *_: LoadedModel(make_model("llama"), Letters(), "tiny", "random weights", "none"),
     )
     manifest = json.loads((folder / "tiny" / "manifest.json").read_text())
@@ -335,10 +335,28 @@ def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:
 )
 def test_run_files_of_the_project_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fitted = {"codebooks": "vq", "replicate-antkv": "vq", "klt": "klt", "kvquant": "kvquant"}
+    fitted = {"codebooks": "vq", "methods": "klt", "klt": "klt", "kvquant": "kvquant"}
     if path.stem in fitted:  # its books are fitted first
         said = rf'cannot be read.* "tersekv calibrate {fitted[path.stem]} MODEL --text FILE"'
         with pytest.raises(CacheFileError, match=said):
             [parse(spec) for spec in read_run(path).specs]
     elif not path.stem.startswith("attend"):
         assert all(parse(spec) for spec in read_run(path).specs)
+
+
+def test_a_spec_may_name_a_file_for_each_model(settings: RunFile, tmp_path: Path) -> None:
+    with pytest.raises(CacheFileError, match=r"books/tiny-lost\.safetensors cannot be read"):
+        measured(replace(settings, models=["models/tiny"], specs=["vq:books=books/{model}-lost.safetensors"]), tmp_path)
+
+
+def test_records_of_a_folder_stand_side_by_side(settings: RunFile, tmp_path: Path) -> None:
+    record = measured(settings, tmp_path)
+    other = json.loads(json.dumps(record).replace('"tiny"', '"small"'))
+    record["rows"][1]["spec"], other["rows"][1]["spec"] = "vq:books=tiny.safetensors", "vq:books=small.safetensors"
+    found = {c.header: list(c.cells) for c in models([record, other]).columns}
+    assert found["spec"] == ["dense", "vq:books={model}.safetensors", "rotated:bits=2"]
+    assert found["tiny: KL (95 %)"] == found["small: KL (95 %)"] and found["tiny: body"][0] == "16.00"
+    assert found["kernels"] == ["torch", "CPU", "CPU"]  # head dim 32 is not one of the GPU's
+    other["rows"][2]["spec"] = "rotated:bits=3"
+    with pytest.raises(ValueError, match="unpack"):
+        models([record, other])

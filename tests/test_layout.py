@@ -33,6 +33,14 @@ def test_lloydmax_is_fifty_bytes_a_vector() -> None:
     assert parse("lloydmax:bits=3").v.layout(128).nbytes == 64 * 50
 
 
+@pytest.mark.parametrize("order", ["simd_k", "trellis_v", "mma_k"])
+def test_an_order_says_which_codes_it_holds(order: str) -> None:
+    of_bits = {bits: Layout(64, (Plane("codes", BLOCK, 64, bits),)) for bits in range(1, 9)}
+    held = ", ".join(str(bits) for bits, layout in of_bits.items() if layout.takes(order))
+    with pytest.raises(SpecError, match=f"Order {order} holds codes of {held} bits at head dims"):
+        of_bits[5].ordered(order)
+
+
 def test_padding_is_counted() -> None:
     odd = Layout(64, (Plane("codes", 64, 64, 3), Plane("scale", 1, 1, 16, "fp16")))
     assert odd.nbytes == 1536 + 16

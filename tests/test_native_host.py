@@ -86,7 +86,7 @@ def test_the_report_says_what_reads_a_cache(llama: PreTrainedModel, ids: Tensor)
     ("spec", "why"),
     [
         ("direction", ""),
-        ("k=direction:bits=2,norm=fp16 v=direction:bits=8", ""),
+        ("k=direction:bits=2,norm=log8 v=direction:bits=8", ""),
         ("direction:codebook=shared", ""),
         ("turboquant", ""),
         ("turboquant:form=prod", "recipe grid + grid"),

@@ -4,8 +4,9 @@
 
 namespace tersekv::TERSEKV_ISA {
 
-// Products of up to 16 rows of signed bytes with matrices of unsigned ones. The tiles are this thread's while one lives: 0
-// holds sums, 1 and 2 the left and right side, 3 and 4 what is left of them. (The intrinsics want the numbers themselves.)
+// Products of up to 16 rows of signed bytes with matrices of unsigned ones. The tiles are this thread's while one
+// lives: 0 holds sums, 1 and 2 the left and right side, 3 and 4 what is left of them. (The intrinsics want the numbers
+// themselves.)
 class Tiles {
  public:
   // `depth` of the products, a multiple of 16; products as deep as a block has tokens are possible, too.
@@ -15,7 +16,9 @@ class Tiles {
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
-    const auto shape = [&](int tile, int tall, int wide) { shapes.rows[tile] = uint8_t(tall), shapes.bytes[tile] = uint16_t(wide); };
+    const auto shape = [&](int tile, int tall, int wide) {
+      shapes.rows[tile] = uint8_t(tall), shapes.bytes[tile] = uint16_t(wide);
+    };
     shape(0, rows, 64), shape(1, rows, 64), shape(2, 16, 64);
     if (const int rest = depth % 64) shape(3, rows, rest), shape(4, rest / 4, 64);
     _tile_loadconfig(&shapes);
@@ -24,7 +27,8 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 
   // c[r][j] = sum over i < depth of a[r][i] * b[i / 4][4 * j + i % 4], j < 16. Strides are in bytes.
-  INLINE void product(int depth, const int8_t* a, int a_stride, const uint8_t* b, int b_stride, int32_t* c, int c_stride) const {
+  INLINE void product(int depth, const int8_t* a, int a_stride, const uint8_t* b, int b_stride, int32_t* c,
+                      int c_stride) const {
     _tile_zero(0);
     int i = 0;
     for (; i + 64 <= depth; i += 64, b += 16 * b_stride) {

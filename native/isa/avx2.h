@@ -32,11 +32,11 @@ struct Isa : Vector {
   }
   static INLINE Ints lanes(const uint8_t* first, const uint8_t* second, int split) {
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
-    return (Ints)_mm256_inserti128_si256(_mm256_castsi128_si256(low),
-                                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(split > 1 ? first : second)), 1);
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(split > 1 ? first : second));
+    return (Ints)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   }
-  // Sixteen entries a look-up, which gives 0 for a negative index: index 16 k + i meets look-ups 0..k, so each holds what
-  // differs from the one before.
+  // Sixteen entries a look-up, which gives 0 for a negative index: index 16 k + i meets look-ups 0..k, so each holds
+  // what differs from the one before.
   struct Bytes128 {
     alignas(16) uint8_t change[128];
     explicit Bytes128(const uint8_t* table) {
@@ -64,7 +64,8 @@ struct Isa : Vector {
     INLINE Floats operator()(Ints index) const {
       const __m256i i = (__m256i)index;
       if constexpr (BITS <= 3) return (Floats)_mm256_permutevar8x32_ps(low, i);
-      if constexpr (BITS == 8) return (Floats)_mm256_i32gather_ps(entries, _mm256_and_si256(i, _mm256_set1_epi32(255)), 4);
+      if constexpr (BITS == 8)
+        return (Floats)_mm256_i32gather_ps(entries, _mm256_and_si256(i, _mm256_set1_epi32(255)), 4);
       __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 chooses the half
       return (Floats)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), upper);
     }
@@ -77,8 +78,9 @@ struct Isa : Vector {
     return (Quad)quad_sum((__m256)x[0], (__m256)x[1], (__m256)x[2], (__m256)x[3]);
   }
   static INLINE void store_int8(int8_t* p, Floats x) {
-    const __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-        -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m256i each = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i low = _mm256_shuffle_epi8((__m256i)x, each);
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
   }

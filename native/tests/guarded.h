@@ -1,4 +1,5 @@
-// Memory that ends at a page which nobody may touch, behind canaries: a read or write too far faults, one too low shows.
+// Memory that ends at a page which nobody may touch, behind canaries: a read or write too far faults, one too low
+// shows.
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>

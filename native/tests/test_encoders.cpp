@@ -88,7 +88,8 @@ std::vector<uint8_t> values(int d, Kind kind, int round, std::mt19937& random) {
   return bytes;
 }
 
-bool same(const Encoder& e, Guarded<uint8_t>& in, Kind kind, const EncodeKernels& kernels, std::vector<uint8_t>& expected) {
+bool same(const Encoder& e, Guarded<uint8_t>& in, Kind kind, const EncodeKernels& kernels,
+          std::vector<uint8_t>& expected) {
   Guarded<uint8_t> out(size_t(e.nbytes));
   encode(e, {Input{in.data(), e.d * (kind == Kind::fp32 ? 4 : 2), kind}}, {out.data()}, kernels, 1);
   const std::vector<uint8_t> got(out.data(), out.data() + e.nbytes);
@@ -117,7 +118,8 @@ int run() {
                           e.bits, d, int(order), round);
             }
         }
-  for (const Choice& choice : choices()) std::printf("%s: %s\n", choice.kernels->name, choice.runs ? "ran" : choice.why);
+  for (const Choice& choice : choices())
+    std::printf("%s: %s\n", choice.kernels->name, choice.runs ? "ran" : choice.why);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures ? 1 : 0;
 }

@@ -27,14 +27,16 @@ void compare(const std::string& what, float* got, const std::vector<float>& righ
   }
   if (worst == 0) return;
   failures++;
-  std::printf("FAILED %s: element %zu is %g, should be %g within %g\n", what.c_str(), at, got[at], right[at], bound[at]);
+  std::printf("FAILED %s: element %zu is %g, should be %g within %g\n", what.c_str(), at, got[at], right[at],
+              bound[at]);
 }
 
 // Rows (b, hq, n, d) in the order (b, n, hq, d), as hosts have them, in guarded memory; `turned` the other way round.
 struct Turned {
   int b, hq, n, d;
   Guarded<float> data;
-  Turned(const Golden& g) : b(g.sizes[0]), hq(g.sizes[1] * g.sizes[2]), n(g.sizes[3]), d(g.sizes[4]), data(g.q.size()) {}
+  Turned(const Golden& g)
+      : b(g.sizes[0]), hq(g.sizes[1] * g.sizes[2]), n(g.sizes[3]), d(g.sizes[4]), data(g.q.size()) {}
   Strided strided() {
     const int64_t row = int64_t(d) * 4;
     return {reinterpret_cast<uint8_t*>(data.data()), Kind::fp32, row * hq * n, row, row * hq};
@@ -77,12 +79,13 @@ Part part(const Golden& g, Inputs& in, int first, int count) {
   return p;
 }
 
-void check(const Golden& g, Inputs& in, const Kernels& kernels, bool exact, int threads, const std::vector<Part>& parts) {
+void check(const Golden& g, Inputs& in, const Kernels& kernels, bool exact, int threads,
+           const std::vector<Part>& parts) {
   const Expected& right = exact ? g.exact : g.int8;
   Turned turned(g);
   Guarded<float> out(right.out.size()), lse(right.lse.size());
-  Request r{{}, in.q.strided(), turned.strided(), lse.data(), g.sizes[0], g.sizes[1], g.sizes[2], g.sizes[3], g.sizes[4],
-            g.scale[0], exact};
+  Request r{{}, in.q.strided(), turned.strided(), lse.data(), g.sizes[0], g.sizes[1], g.sizes[2], g.sizes[3],
+            g.sizes[4], g.scale[0], exact};
   for (const Part& one : parts) r.parts.push_back(&one);
   attend(r, kernels, encode_kernels(kernels.name), threads);
   turned.each_row([&](int i, float* row) { std::copy_n(row, turned.d, out.data() + int64_t(i) * turned.d); });

@@ -162,6 +162,7 @@ def eval_(
     model: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    jobs: int = 1,
     directory: Annotated[Path | None, Parameter(name="--dir")] = None,
     out: Path | None = None,
     json: Json = False,
@@ -182,6 +183,8 @@ def eval_(
         bfloat16, float16 or float32, if not the run file's.
     device
         cpu or cuda, if not the run file's.
+    jobs
+        Processes that measure samples at the same time, each with the model in memory and its share of the processors.
     directory
         Where the samples are kept: the same command goes on where it was stopped. Default: evaluations/RUN.
     out
@@ -194,7 +197,7 @@ def eval_(
 
     settings = read_run(run, text=text, data=data, model=model, dtype=dtype, device=device)
     with Stages() as stages:
-        records = measure(settings, directory or Path("evaluations") / run.stem, stages)
+        records = measure(settings, directory or Path("evaluations") / run.stem, stages, jobs)
     if out is not None:
         write_all(records, out)
     show(Results(list(records.values())), json)

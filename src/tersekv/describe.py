@@ -34,7 +34,7 @@ class Listing:
     def __rich__(self) -> Group:
         methods = _options_table("codec", self.codecs, "codecs: k=NAME:option=value,... v=...")
         policies = _options_table("policy", self.policies, "policies: policy=NAME option=value ...")
-        presets = Table("preset", "stands for", title="presets (provisional: not yet chosen by measurement)")
+        presets = Table("preset", "stands for", title="presets, chosen by measurement: docs/presets.md")
         for name, text in self.presets.items():
             presets.add_row(name, text)
         return Group(methods, policies, presets)

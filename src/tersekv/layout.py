@@ -153,12 +153,13 @@ def mma_v(plane: Plane) -> np.ndarray:
 
 ORDERS = {order.__name__: order for order in (linear, simd_k, simd_v, trellis_k, trellis_v, mma_k, mma_v)}
 UNIT = {"simd": 16, "trellis": 32, "mma": 64}  # channels that an order holds together
+WIDTHS = {"simd": SIMD_BITS, "trellis": SIMD_BITS[:-1], "mma": SIMD_BITS}  # of its codes
 
 
 def fits(plane: Plane, order: str) -> bool:
     """Whether a plane of codes can be stored in an order."""
     family, _, side = order.partition("_")
-    known = plane.bits in (SIMD_BITS[:-1] if family == "trellis" else SIMD_BITS)
+    known = plane.bits in WIDTHS.get(family, SIMD_BITS)
     whole = plane.rows == BLOCK and known and plane.cols % UNIT.get(family, 1) == 0
     return not side or whole
 
@@ -230,8 +231,8 @@ class Layout:
             raise SpecError(f'Unknown storage order "{order}". Allowed: {", ".join(ORDERS)}.')
         if not self.takes(order):
             raise SpecError(
-                f"Order {order} holds codes of {', '.join(map(str, SIMD_BITS))} bits at head dims that are multiples "
-                f"of {UNIT[order[:-2]]}, not {self.nominal_bits:g} bits at {self.d}. Keep the linear order."
+                f"Order {order} holds codes of {', '.join(map(str, WIDTHS[order[:-2]]))} bits at head dims that are "
+                f"multiples of {UNIT[order[:-2]]}, not {self.nominal_bits:g} bits at {self.d}. Keep the linear order."
             )
         planes = (replace(p, order=order) if p.kind == "code" else p for p in self.planes)
         return replace(self, planes=tuple(planes))

@@ -3,8 +3,9 @@
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
-(`results/methods.json#kivi`), differences from a row (`results/presets-smollm2.json#against=kivi:bits=4`), a
-published table beside ours (`runs/published.toml#antkv`), or a table of the registry: codecs, presets, bytes.
+(`results/methods/smollm2.json#kivi`), the records of a folder side by side (`results/methods#models`), differences
+from a row (`results/presets-smollm2.json#against=kivi:bits=4`), a published table beside ours
+(`runs/published.toml#antkv`), or a table of the registry: codecs, presets, bytes.
 """
 
 import json
@@ -25,7 +26,7 @@ from tersekv.reports.captions import caption
 from tersekv.reports.differences import against
 from tersekv.reports.figures import is_fresh, svg
 from tersekv.reports.replications import PUBLISHED, replication
-from tersekv.reports.tables import methods
+from tersekv.reports.tables import methods, models
 from tersekv.reports.tables import tables as quality_tables
 from tersekv.spec import codecs, parse
 
@@ -106,6 +107,8 @@ def content(source: str, root: Path) -> str:
         return f"{markdown(table)}\n\nTheirs: {said}."
     if not name.startswith("results/"):
         raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
+    if part == "models" and (records := sorted((root / name).glob("*.json"))):
+        return markdown(models([json.loads(path.read_text()) for path in records]))
     if not (root / name).is_file():
         return "Not measured yet."
     record = json.loads((root / name).read_text())

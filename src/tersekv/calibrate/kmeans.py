@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-VALUES = 2**24  # distances held at a time
+VALUES = 2**20  # distances held at a time: they stay in a cache until the least is found
 
 
 def kmeans(
@@ -13,14 +13,14 @@ def kmeans(
     """Centroids that make sum_j w_j |x_j - c(x_j)|^2 small, of each of `p` problems (Lloyd 1982, with weights).
 
     Begins with points drawn in proportion to their weights; an entry that nobody chooses moves to the point that is
-    worst off. `n` must be at least `entries`.
+    worst off. `n` must be at least `entries`. On a GPU sums are added in no fixed order: two runs differ by rounding.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(weights.double().clamp(min=1e-30), entries, generator=generator)
-    table = _rows(x, drawn).clone()
+    drawn = torch.multinomial(weights.double().clamp(min=1e-30).cpu(), entries, generator=generator)
+    table = _rows(x, drawn.to(x.device)).clone()
     for _ in range(rounds):
         chosen = assigned(x, table)
-        mass = torch.zeros(*table.shape[:2]).scatter_add_(1, chosen, weights)
+        mass = torch.zeros(*table.shape[:2], device=x.device).scatter_add_(1, chosen, weights)
         spread = chosen[..., None].expand_as(x)
         total = torch.zeros_like(table).scatter_add_(1, spread, x * weights[..., None])
         table = torch.where(mass[..., None] > 0, total / mass[..., None].clamp(min=1e-30), table)
@@ -30,9 +30,9 @@ def kmeans(
 
 def assigned(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"]) -> Int[Tensor, "p n"]:
     """The nearest entry of each point."""
-    half = table.square().sum(-1)[:, None] / 2
+    less, across = table.square().sum(-1)[:, None] / -2, table.mT
     step = max(1, VALUES // (table.shape[0] * table.shape[1]))
-    return torch.cat([(some @ table.mT - half).argmax(-1) for some in x.split(step, 1)], 1)
+    return torch.cat([torch.baddbmm(less, some, across).argmax(-1) for some in x.split(step, 1)], 1)
 
 
 def nearest(x: Float[Tensor, "p n dim"], table: Float[Tensor, "p entries dim"]) -> Float[Tensor, "p n dim"]:

@@ -19,16 +19,14 @@ from torch import Tensor
 from tersekv.calibrate import gradients
 from tersekv.calibrate.comparing import compared
 from tersekv.calibrate.kmeans import kmeans
-from tersekv.calibrate.measuring import SINK
 from tersekv.calibrate.session import Session, Settings
-from tersekv.calibrate.windows import SIDES, Sample, divided, gathered
+from tersekv.calibrate.windows import SIDES, Sample, before_rope, divided, gathered
 from tersekv.codec import check_choice
 from tersekv.codecs.books import Books
 from tersekv.codecs.kvquant import KVQuant, farthest, moments
 from tersekv.errors import InputError
 from tersekv.hf.rope import frequencies
 from tersekv.layout import BLOCK
-from tersekv.ops.rope import turned
 from tersekv.spec import parse
 from tersekv.terminal import Stages
 
@@ -108,7 +106,8 @@ def key_levels(
     shape: Shape, samples: list[Sample], layer: int, rope: tuple[float, ...] | None, seed: int
 ) -> Float[Tensor, "h d entries 1"]:
     """One set of levels for a layer, at the mean and deviation of each channel."""
-    x, g = (torch.cat([_turned_back(s, layer, what, rope) for s in samples], 1).mT for what in ("", "gradient"))
+    x = torch.cat([before_rope(s.values(layer, "k"), rope) for s in samples], 1).mT
+    g = torch.cat([before_rope(s.beside(layer, "k", "gradient"), rope) for s in samples], 1).mT
     apart = farthest(x, x.shape[-1] * shape.outliers // BLOCK)
     zero, scale = moments(x, apart)
     levels = _levels(shape, (x - zero) / scale.clamp(min=1e-30), g * scale, apart, seed)
@@ -117,7 +116,8 @@ def key_levels(
 
 def value_levels(shape: Shape, samples: list[Sample], layer: int, seed: int) -> Float[Tensor, "1 1 entries 1"]:
     """Of tokens brought to mean 0 and deviation 1, as they are stored."""
-    x, g = (torch.cat([_turned_back(s, layer, what, None, "v") for s in samples], 1) for what in ("", "gradient"))
+    x = torch.cat([s.values(layer, "v")[0].float() for s in samples], 1)
+    g = torch.cat([s.beside(layer, "v", "gradient")[0].float() for s in samples], 1)
     apart = farthest(x, shape.outliers)
     zero, scale = moments(x, apart)
     levels = _levels(shape, (x - zero) / scale.clamp(min=1e-30), g * scale, apart, seed)
@@ -132,11 +132,3 @@ def _levels(
     step = -(-z.numel() // MOST)
     some = [x.flatten()[None, ::step].contiguous() for x in (z, w)]
     return kmeans(some[0][..., None], some[1], 2**shape.bits, shape.rounds, seed).flatten().sort().values
-
-
-def _turned_back(
-    sample: Sample, layer: int, what: str, rope: tuple[float, ...] | None, side: str = "k"
-) -> Float[Tensor, "h n d"]:
-    """Keys or values or their gradients, as they are coded: a rotation takes gradients with it."""
-    x = (sample.beside(layer, side, what) if what else sample.values(layer, side))[0].float()
-    return x if rope is None else turned(x, torch.arange(SINK, SINK + x.shape[1]), rope, back=True)

@@ -25,6 +25,7 @@ GradientsDirectory = Annotated[
     ),
 ]
 Seed = Annotated[int, Parameter(help="Of windows, and of whatever else is drawn.")]
+Rope = Annotated[str, Parameter(help="before or after: where keys are stored.")]
 Device = Annotated[str, Parameter(help="cpu or cuda.")]
 calibrate = App(name="calibrate", help="Fit a policy to a model, on a text, by measurement.")
 
@@ -122,6 +123,7 @@ def vq(
     dim: int = 8,
     index: int = 8,
     stages: int = 1,
+    rope: Rope = "after",
     weights: str = "anchors",
     rounds: int = 12,
     windows: HeldOut = 16,
@@ -156,7 +158,7 @@ def vq(
     from tersekv.calibrate.vq import Shape
     from tersekv.calibrate.vq import calibrate as run
 
-    name, shape = Path(model).name, Shape(dim, index, stages, weights, rounds)
+    name, shape = Path(model).name, Shape(dim, index, stages, rope, weights, rounds)
     settings = Settings(model, text, "none", windows, window, 1, seed, device)
     folder = directory or Path("calibrations") / "vq" / name
     with Stages() as progress:
@@ -208,7 +210,7 @@ def kvquant(
     text: Text,
     bits: int = 3,
     outliers: int = 1,
-    rope: str = "before",
+    rope: Rope = "before",
     weights: str = "fisher",
     rounds: int = 25,
     windows: HeldOut = 10,
@@ -227,8 +229,6 @@ def kvquant(
         Of a code.
     outliers
         Of each vector, stored apart.
-    rope
-        before or after: where keys are stored.
     weights
         fisher: by the squares of gradients; none: all values alike, the control.
     rounds

@@ -2,6 +2,7 @@
 
 Books are by layer, side, KV head and place of the sub-vector. A token's weight is what an error of it does to the
 output, of a mean query behind it: `ops.anchors`, the factors of the paper's theorem. `weights=none` is the control.
+Keys before RoPE are turned back by the model's own frequencies.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from tersekv.calibrate.kmeans import distortion, kmeans, nearest
 from tersekv.calibrate.session import Session, Settings
-from tersekv.calibrate.windows import SIDES, Sample, bf16, divided, gathered, kept
+from tersekv.calibrate.windows import SIDES, Sample, before_rope, bf16, divided, gathered, kept
 from tersekv.codec import check_choice
 from tersekv.codecs.books import Books
 from tersekv.errors import InputError
 from tersekv.hf.capture import Seen, observed
+from tersekv.hf.rope import frequencies
 from tersekv.ops.anchors import causal_scores
 from tersekv.sealed import Sealed
 from tersekv.spec import parse
@@ -39,10 +41,12 @@ class Shape:
     dim: int = 8
     index: int = 8
     stages: int = 1
+    rope: str = "after"
     weights: str = "anchors"
     rounds: int = 12
 
     def __post_init__(self) -> None:
+        check_choice("rope", self.rope, ("after", "before"))
         check_choice("weights", self.weights, WEIGHTS)
         if self.dim < 1 or not 1 <= self.index <= 8 or self.stages not in (1, 2) or self.rounds < 1:
             raise InputError(
@@ -50,13 +54,13 @@ class Shape:
                 "that divides the head dim, an index of 1 to 8 bits, 1 or 2 stages, at least 1 round."
             )
 
-    @property
-    def options(self) -> dict[str, Any]:
+    def options(self, side: str) -> dict[str, Any]:
         """Of the codec: indices and nothing else, as in the paper."""
-        return {"dim": self.dim, "index": self.index, "stages": self.stages, "mean": "none", "scale": "none"}
+        rope = {"rope": self.rope} if side == "k" else {}
+        return {"dim": self.dim, "index": self.index, "stages": self.stages, "mean": "none", "scale": "none"} | rope
 
     def __str__(self) -> str:
-        return f"{self.dim}.{self.index}.{self.stages}.{self.weights}.{self.rounds}"
+        return f"{self.dim}.{self.index}.{self.stages}.{self.rope}.{self.weights}.{self.rounds}"
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ class FittedBooks:
 
 
 def calibrate(settings: Settings, shape: Shape, folder: Path, out: Path, stages: Stages) -> FittedBooks:
-    """Raises InputError for a dim that does not divide the head dim, or fewer tokens than entries."""
+    """Raises InputError for a dim that does not divide the head dim, or fewer tokens than entries; ModelError where
+    keys before RoPE are asked for and the model's frequencies are not known.
+    """
     session = Session.open(settings, stages)
+    rope = frequencies(session.subject.model) if shape.rope == "before" else {}
     directory, samples = gathered(session, "vq", folder, read)
     train, test = divided(samples)
     _check(shape, train)
@@ -93,15 +100,17 @@ def calibrate(settings: Settings, shape: Shape, folder: Path, out: Path, stages:
         if not (directory.holds("vq", item, [str(shape)]) and path.is_file()):
             stages(f"fitting layer {layer}", number / len(layers))
             start = perf_counter()
-            books, lost = fit_layer(shape, layer, train, test, settings.seed)
+            books, lost = fit_layer(shape, layer, train, test, settings.seed, rope.get(layer), settings.device)
             PART.write(path, books, {"seconds": f"{perf_counter() - start:.1f}"})
             directory.add("vq", item, {str(shape): lost})
         books, metadata = PART.read(path)
         tensors |= books
+        if rope:
+            tensors[f"{layer}.rope"] = torch.tensor(rope[layer], dtype=torch.float64)
         seconds += float(metadata["seconds"])
     found = [directory.samples["vq", f"layer {layer}", str(shape)] for layer in layers]
     lost = {side: {kind: sum(x[side][kind] for x in found) / len(found) for kind in found[0][side]} for side in SIDES}
-    options = dict.fromkeys(SIDES, shape.options)
+    options = {side: shape.options(side) for side in SIDES}
     about = directory.manifest | {"codecs": options, "fit": asdict(shape), "lost": lost, "seconds": seconds}
     Books("", about, tensors).save(out)
     return FittedBooks(str(out), _spec(shape, out), sum(x.nbytes for x in tensors.values()), lost)
@@ -112,7 +121,7 @@ def read(session: Session, item: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def look(seen: Seen) -> None:
-        behind = torch.arange(seen.k.shape[2], 0, -1)  # queries that see each token, its own among them
+        behind = torch.arange(seen.k.shape[2], 0, -1, device=seen.k.device)  # queries that see each token, its own too
         for side, x in (("k", seen.k), ("v", seen.v)):
             weights = causal_scores(seen.q, seen.k, seen.v, seen.scale, SCORE[side]) / behind
             found[f"{seen.layer}.{side}"] = bf16(kept(x))
@@ -125,7 +134,7 @@ def read(session: Session, item: str) -> dict[str, Tensor]:
 
 
 def _spec(shape: Shape, out: Path) -> str:
-    words = ",".join(f"{name}={value}" for name, value in shape.options.items())
+    words = ",".join(f"{name}={value}" for name, value in shape.options("k").items())
     return str(parse(f"vq:{words},books={out}"))
 
 
@@ -138,22 +147,29 @@ def _check(shape: Shape, train: list[Sample]) -> None:
 
 
 def fit_layer(
-    shape: Shape, layer: int, train: list[Sample], test: list[Sample], seed: int
+    shape: Shape,
+    layer: int,
+    train: list[Sample],
+    test: list[Sample],
+    seed: int,
+    rope: tuple[float, ...] | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
     """Books of both sides, and what they lose of the variance of `test`: of all tokens alike, and weighted."""
     books: dict[str, Tensor] = {}
     lost: dict[str, dict[str, float]] = {}
     for side in SIDES:
-        x, w = _problems(shape, layer, side, train)
-        y, y_w = _problems(shape, layer, side, test)
+        back = rope if side == "k" else None
+        x, w = (part.to(device) for part in _problems(shape, layer, side, train, back))
+        y, y_w = (part.to(device) for part in _problems(shape, layer, side, test, back))
         variance, weighted = _spread(y, torch.ones_like(y_w)), _spread(y, y_w)
         for stage in range(shape.stages):
             given = w if shape.weights == "anchors" else torch.ones_like(w)
             table = kmeans(x, given, 2**shape.index, shape.rounds, seed + stage).half()
             heads = train[0].values(layer, side).shape[1]
-            books[f"{layer}.{side}.{stage}"] = table.unflatten(0, (heads, -1)).contiguous()
+            books[f"{layer}.{side}.{stage}"] = table.unflatten(0, (heads, -1)).contiguous().cpu()
             x, y = (part - nearest(part, table.float()) for part in (x, y))
-        zero = torch.zeros(len(y), 1, shape.dim)
+        zero = torch.zeros(len(y), 1, shape.dim, device=device)
         lost[side] = {
             "alike": float(distortion(y, torch.ones_like(y_w), zero).sum() / variance),
             "weighted": float(distortion(y, y_w, zero).sum() / weighted),
@@ -162,10 +178,11 @@ def fit_layer(
 
 
 def _problems(
-    shape: Shape, layer: int, side: str, samples: list[Sample]
+    shape: Shape, layer: int, side: str, samples: list[Sample], rope: tuple[float, ...] | None
 ) -> tuple[Float[Tensor, "p n dim"], Float[Tensor, "p n"]]:
     """Sub-vectors by KV head and place, and the weights of their tokens."""
-    x = torch.cat([sample.values(layer, side)[0] for sample in samples], 1).float().unflatten(-1, (-1, shape.dim))
+    whole = torch.cat([before_rope(sample.values(layer, side), rope) for sample in samples], 1)
+    x = whole.unflatten(-1, (-1, shape.dim))
     w = torch.cat([sample.beside(layer, side, "weights")[0] for sample in samples], 1)
     h, n, places, _ = x.shape
     return x.transpose(1, 2).flatten(0, 1).contiguous(), w[:, None].expand(h, places, n).flatten(0, 1).contiguous()

@@ -6,12 +6,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tersekv.calibrate.measuring import SINK
 from tersekv.calibrate.session import Session
 from tersekv.eval.samples import RunDirectory
 from tersekv.layout import BLOCK
+from tersekv.ops.rope import turned
 from tersekv.sealed import Sealed
 
 WINDOW = Sealed("tersekv-window", 2, ("seconds",), "Delete it, and the window is read again.")
@@ -44,6 +46,12 @@ def kept(x: Tensor) -> Tensor:
     return x[:, :, SINK : x.shape[2] - BLOCK]
 
 
+def before_rope(x: Float[Tensor, "1 h n d"], rope: tuple[float, ...] | None) -> Float[Tensor, "h n d"]:
+    """Kept keys turned back by these frequencies, if any, or gradients of them: a rotation takes gradients with it."""
+    kept = x[0].float()
+    return kept if rope is None else turned(kept, torch.arange(SINK, SINK + kept.shape[1]), rope, back=True)
+
+
 def gathered(
     session: Session, method: str, folder: Path, read: Callable[[Session, str], dict[str, Tensor]]
 ) -> tuple[RunDirectory, list[Sample]]:
@@ -57,7 +65,7 @@ def gathered(
         if not (directory.holds(method, item, ["window"]) and path.is_file()):
             session.stages(f"window {number + 1} of {len(items)}", number / len(items))
             start = perf_counter()
-            tensors = read(session, item)
+            tensors = {name: x.cpu() for name, x in read(session, item).items()}  # where they are fitted
             WINDOW.write(path, tensors, {"seconds": f"{perf_counter() - start:.1f}"})
             directory.add(method, item, {"window": {"file": path.name}})
         tensors, metadata = WINDOW.read(path)

@@ -16,6 +16,7 @@ from tersekv.sealed import Sealed
 FILE = Sealed(
     "tersekv-codebooks", 1, ("about",), 'Give a file that "tersekv calibrate METHOD MODEL --text FILE" wrote.'
 )
+FIRST = -1  # the layer of a codec that was not told which one it packs
 UNIVERSAL = Path(__file__).with_name("vq.safetensors")  # made by tests/make_vq.py, part of the format
 
 
@@ -57,6 +58,14 @@ class Books:
         if name not in self.tensors:
             raise SpecError(f"There is no table {name}. Allowed: {', '.join(sorted(self.tensors))}.")
         return self.tensors[name]
+
+    def layer(self, number: int) -> int:
+        """That layer, and for FIRST the first that has tables: a model's first layer need not be one that is packed."""
+        return number if number != FIRST else min(int(name.partition(".")[0]) for name in self.tensors)
+
+    def frequencies(self, layer: int) -> tuple[float, ...]:
+        """By which the keys of a layer are turned, see `ops.rope`."""
+        return tuple(self.tensor(f"{self.layer(layer)}.rope").tolist())
 
     def tables(self, name: str, stages: int) -> Tables:
         """As `tensor`, for so many stages."""

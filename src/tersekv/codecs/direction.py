@@ -4,9 +4,9 @@ The method of nd-kv-quant (software; there is no paper), there called N8+D4 with
 channel's grid follows its own range, so keys with strong channels keep their direction; the length cannot drift.
 
 Differs from the original: ranges are those of a block of 64 tokens and not of the whole sequence, which would be known
-only at its end; norm and renormalisation are one stored number, r = |x| / |u_hat|; it is an 8-bit logarithm, because a
-linear scale over sinks and ordinary tokens leaves few steps for the small ones; `codebook=shared` is a fixed Lloyd-Max
-table and not one fitted to the sequence.
+only at its end; norm and renormalisation are one stored number, r = |x| / |u_hat|; it has 16 bits, because 8 leave
+steps that are wider than the norms of some heads vary, see docs/methods/direction.md; `codebook=shared` is a fixed
+Lloyd-Max table and not one fitted to the sequence.
 """
 
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ from tersekv.packed import Packed
 
 @dataclass(frozen=True)
 class Direction(Codec):
-    """`norm`: log8 or fp16. `codebook`: channel (a uniform grid for each channel) or shared (one table for all)."""
+    """`norm`: fp16 or log8. `codebook`: channel (a uniform grid for each channel) or shared (one table for all)."""
 
     bits: int = 4
-    norm: str = "log8"
+    norm: str = "fp16"
     codebook: str = "channel"
 
     def __post_init__(self) -> None:
         check_bits(self.bits, 2, 8)
-        check_choice("norm", self.norm, ("log8", "fp16"))
+        check_choice("norm", self.norm, ("fp16", "log8"))
         check_choice("codebook", self.codebook, ("channel", "shared"))
 
     @property

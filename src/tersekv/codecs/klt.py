@@ -19,14 +19,14 @@ from torch import Tensor
 
 from tersekv.codebook import distortion, lloyd_max, table
 from tersekv.codec import Codec, Fitted, check_bits, check_choice
-from tersekv.codecs.books import Books
-from tersekv.codecs.rotated import eight_bit
+from tersekv.codecs.books import FIRST, Books
+from tersekv.codecs.rotated import centred
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, to_bytes
 from tersekv.ops.recipe import Grid, Grids, Recipe
-from tersekv.ops.sums import channel_sum, products, root, token_sum, unit_scale
+from tersekv.ops.sums import channel_sum, products, root, unit_scale
 from tersekv.packed import Packed
 from tersekv.rotation import rotate, unrotate
 
@@ -53,7 +53,7 @@ class KLT(Codec):
     groups: int = 1
     scale: str = "unbiased"
     books: str = "none"
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"side": "k"}}
@@ -84,7 +84,7 @@ class KLT(Codec):
 
     @property
     def _name(self) -> str:
-        return f"{self.layer}.{self.side}"
+        return f"{self._file.layer(self.layer)}.{self.side}"
 
     @cached_property
     def forward(self) -> Float[Tensor, "h d d"]:
@@ -140,12 +140,9 @@ class KLT(Codec):
         return Grid(tables[0][2]) if len(parts) == 1 else Grids(tables)
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
-        d, planes = x.shape[-1], {}
+        d = x.shape[-1]
         y = rotate(x, 0) if self.books == "none" else products(x.float(), self.forward.to(x.device).float()[:, None])
-        if self.side == "k":
-            step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
-            planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
-            y = y - (steps * step)[..., None, :]
+        y, planes = centred(y, "block" if self.side == "k" else "none")
         norm = root(channel_sum(y * y))
         z, parts, decoded = y * unit_scale(norm, d)[..., None], self._parts(d), []
         for part, (name, _, bits) in zip(z.split([channels for _, channels, _ in parts], -1), parts, strict=True):

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from tersekv.codebook import lloyd_max, table
 from tersekv.codec import Codec, Fitted, check_bits, check_choice
-from tersekv.codecs.books import Books
+from tersekv.codecs.books import FIRST, Books
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.lookup import nearest
 from tersekv.ops.planes import pack_codes, read, stored, to_bytes
 from tersekv.ops.recipe import Grid, Recipe
-from tersekv.ops.rope import Turned, positions_of, turned
+from tersekv.ops.rope import POSITION, UNKNOWN, Turned, before
 from tersekv.ops.sums import channel_sum, root
 from tersekv.ops.vq import Tables, VectorLookup
 from tersekv.packed import Packed
@@ -61,7 +61,7 @@ class KVQuant(Codec):
     outliers: int = 1
     rope: str = "after"
     books: str = "none"
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"axis": "channel", "side": "k"}}
@@ -85,16 +85,18 @@ class KVQuant(Codec):
     @cached_property
     def tables(self) -> Tables:
         """Of keys (h, d, entries, 1), of values (1, 1, entries, 1), ascending."""
-        return self._file.tables(f"{self.layer}.{self.side}", 1)
+        return self._file.tables(f"{self._file.layer(self.layer)}.{self.side}", 1)
 
     @cached_property
     def frequencies(self) -> tuple[float, ...]:
-        return tuple(self._file.tensor(f"{self.layer}.rope").tolist()) if self.positional else ()
+        return self._file.frequencies(self.layer) if self.positional else ()
 
     @property
     def fitted(self) -> Fitted | None:
-        nbytes = 0 if self.books == "none" else self.tables.nbytes + 8 * len(self.frequencies)
-        return None if self.books == "none" else self._file.fitted(f"{self.layer}.{self.side}", nbytes)
+        if self.books == "none":
+            return None
+        nbytes = self.tables.nbytes + 8 * len(self.frequencies)
+        return self._file.fitted(f"{self._file.layer(self.layer)}.{self.side}", nbytes)
 
     def at(self, layer: int) -> "KVQuant":
         return self if self.books == "none" else replace(self, layer=layer)
@@ -121,7 +123,7 @@ class KVQuant(Codec):
         planes += [] if self._by_channel else [Plane(prefix + x, *shape, 16, "fp16") for x in ("scale", "zero")]
         if self.outliers:
             planes += [Plane("at", *apart, 8, "index"), Plane("correction", *apart, 16, "fp16")]
-        planes += [Plane("position", 1, 1, 32, "fp32")] if self.positional else []
+        planes += [POSITION] if self.positional else []
         return Layout(d, tuple(planes))
 
     def recipe(self, d: int) -> Recipe:
@@ -136,14 +138,11 @@ class KVQuant(Codec):
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         if self.positional:
-            raise SpecError("Keys before RoPE can be encoded where their positions are known, in a cache. Use that.")
+            raise SpecError(UNKNOWN)
         return self._with_tables(x, {}) if self._by_channel else self._with_moments(x)
 
     def encode_at(self, x: Float[Tensor, "*lead block d"], starts: Int[Tensor, "*lead"]) -> Packed:
-        if not self.positional:
-            return self.encode(x)
-        before = turned(x.float(), positions_of(starts, BLOCK), self.frequencies, back=True)
-        return self._with_tables(before, {"position": to_bytes(starts.float()[..., None], "fp32")})
+        return self._with_tables(*before(x, starts, self.frequencies)) if self.positional else self.encode(x)
 
     def _with_tables(self, x: Tensor, planes: dict[str, Tensor]) -> Packed:
         """Outliers are the values that tables are farthest from."""

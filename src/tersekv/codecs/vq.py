@@ -7,7 +7,8 @@ k-means weighted with what an error of a token does to the output. `tersekv cali
 `books=universal` needs no calibration: rotation, block mean and token scales are those of `rotated`, and the books are
 k-means on a standard normal. `stages=2` adds a second entry, found together with the first (additive code).
 
-Differs from the paper: keys after RoPE; indices of at most 8 bits. See docs/methods/vq.md.
+Differs from the paper: keys after RoPE by default, before it with books that were fitted so; indices of at most 8 bits.
+See docs/methods/vq.md.
 """
 
 from dataclasses import dataclass, replace
@@ -15,15 +16,17 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.codec import Codec, Fitted, check_choice
-from tersekv.codecs.books import UNIVERSAL, Books
+from tersekv.codecs.books import FIRST, UNIVERSAL, Books
 from tersekv.codecs.rotated import centred, takes_norm
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane, check_head_dim
 from tersekv.ops.planes import pack_codes, to_bytes
+from tersekv.ops.recipe import Recipe
+from tersekv.ops.rope import POSITION, UNKNOWN, Turned, before
 from tersekv.ops.sums import channel_sum, root, unit_scale
 from tersekv.ops.vq import PLANES, Tables, VectorLookup
 from tersekv.packed import Packed
@@ -39,7 +42,8 @@ class VQ(Codec):
 
     `scale`: unbiased, norm, none, or auto, as keys have it: see `takes_norm`.
 
-    `books`: universal, or a file, of which `layer` and `side` say whose tables.
+    `books`: universal, or a file, of which `layer` and `side` say whose tables. `rope`: whether keys are stored after
+    it or before.
     """
 
     dim: int = 8
@@ -47,9 +51,10 @@ class VQ(Codec):
     stages: int = 1
     mean: str = "none"
     scale: str = "unbiased"
+    rope: str = "after"
     books: str = "universal"
     seed: int = 0
-    layer: int = 0
+    layer: int = FIRST
     side: str = "v"
 
     side_defaults: ClassVar = {"k": {"mean": "block", "scale": "auto", "side": "k"}}
@@ -57,6 +62,7 @@ class VQ(Codec):
     def __post_init__(self) -> None:
         check_choice("mean", self.mean, ("block", "none"))
         check_choice("scale", self.scale, ("unbiased", "norm", "auto", "none"))
+        check_choice("rope", self.rope, ("after", "before"))
         check_choice("side", self.side, ("k", "v"))
         if self.stages not in (1, 2):
             raise SpecError(f"stages={self.stages} is out of range. Allowed: 1 and 2.")
@@ -69,12 +75,14 @@ class VQ(Codec):
         if (self.dim, self.index) not in SHAPES:
             allowed = "; ".join(f"dim={dim},index={index}" for dim, index in sorted(SHAPES))
             raise SpecError(f"dim={self.dim},index={self.index}: there are no universal books. Allowed: {allowed}.")
+        if self.rope == "before":
+            raise SpecError("rope=before needs books=FILE, which knows how a model turns its keys.")
         if self.scale == "none":
             raise SpecError("scale=none: universal books are for tokens of variance 1. Use unbiased or norm.")
 
     def _check_fitted(self) -> None:
         Books.of(self.books, "vq", self.side, vars(self))
-        _ = self.tables  # raises where the file has no such layer; kept from now on, whatever becomes of the file
+        _ = self.tables, self.frequencies  # kept from now on, whatever becomes of the file
 
     @cached_property
     def _file(self) -> Books:
@@ -82,16 +90,27 @@ class VQ(Codec):
 
     @cached_property
     def tables(self) -> Tables:
-        universal = self.books == "universal"
-        return self._file.tables(f"{self.dim}.{self.index}" if universal else f"{self.layer}.{self.side}", self.stages)
+        if self.books == "universal":
+            return self._file.tables(f"{self.dim}.{self.index}", self.stages)
+        return self._file.tables(f"{self._file.layer(self.layer)}.{self.side}", self.stages)
+
+    @cached_property
+    def frequencies(self) -> tuple[float, ...]:
+        return self._file.frequencies(self.layer) if self.positional else ()
 
     @property
     def fitted(self) -> Fitted | None:
-        name = f"{self.layer}.{self.side} {self.stages}"
-        return None if self.books == "universal" else self._file.fitted(name, self.tables.nbytes)
+        if self.books == "universal":
+            return None
+        name, nbytes = f"{self._file.layer(self.layer)}.{self.side}", self.tables.nbytes + 8 * len(self.frequencies)
+        return self._file.fitted(f"{name} {self.stages}", nbytes)
 
     def at(self, layer: int) -> "VQ":
         return self if self.books == "universal" else replace(self, layer=layer)
+
+    @property
+    def positional(self) -> bool:
+        return self.side == "k" and self.rope == "before"
 
     @property
     def rotation(self) -> int | None:
@@ -105,13 +124,24 @@ class VQ(Codec):
         planes += [] if self.scale == "none" else [Plane("scale", BLOCK, 1, 8, "log8")]
         if self.mean == "block":
             planes += [Plane("channel_zero", 1, d, 8, "int8"), Plane("channel_zero_step", 1, 1, 16, "fp16")]
+        planes += [POSITION] if self.positional else []
         return Layout(d, tuple(planes))
 
-    def recipe(self, d: int) -> VectorLookup:
-        return VectorLookup(self.tables)
+    def recipe(self, d: int) -> Recipe:
+        base = VectorLookup(self.tables)
+        return Turned(base, self.frequencies) if self.positional else base
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
+        if self.positional:
+            raise SpecError(UNKNOWN)
+        return self._looked_for(x, {})
+
+    def encode_at(self, x: Float[Tensor, "*lead block d"], starts: Int[Tensor, "*lead"]) -> Packed:
+        return self._looked_for(*before(x, starts, self.frequencies)) if self.positional else self.encode(x)
+
+    def _looked_for(self, x: Tensor, position: dict[str, Tensor]) -> Packed:
         y, planes = self._centred(x)
+        planes |= position
         energy = channel_sum(y * y)
         codes = self.tables.search(self._even(y, energy))
         for name, index in zip(PLANES, codes, strict=False):

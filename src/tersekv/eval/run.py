@@ -1,45 +1,48 @@
 """A quality run: a run file in, a run directory with every sample, and at the end one record made from it alone."""
 
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tersekv.describe import Info
-from tersekv.errors import InputError
+from tersekv.eval.jobs import check_jobs, measuring
+from tersekv.eval.reading import read_subject
 from tersekv.eval.runfile import RunFile
 from tersekv.eval.samples import RunDirectory
 from tersekv.eval.subject import DENSE, Subject
 from tersekv.hf.cost import head_dim
-from tersekv.models import load
+from tersekv.ops import KERNELS, refusals
 from tersekv.record import installed, provenance
-from tersekv.spec import Spec, parse
+from tersekv.spec import Spec
 from tersekv.terminal import Stages
 
 
-def run(settings: RunFile, folder: Path, stages: Stages) -> dict[str, dict[str, Any]]:
-    """Measure every model of the run; records by model. Each has a directory of its own in `folder`."""
-    return {model: _one_model(settings, model, folder / Path(model).name, stages) for model in settings.models}
+def run(settings: RunFile, folder: Path, stages: Stages, jobs: int = 1) -> dict[str, dict[str, Any]]:
+    """Measure every model of the run with so many processes; records by model, each from a directory in `folder`."""
+    check_jobs(settings, jobs)
+    return {model: _one_model(settings, model, folder / Path(model).name, stages, jobs) for model in settings.models}
 
 
-def _one_model(settings: RunFile, model: str, folder: Path, stages: Stages) -> dict[str, Any]:
-    subject = _subject(settings, model, stages)
+def _one_model(settings: RunFile, model: str, folder: Path, stages: Stages, jobs: int) -> dict[str, Any]:
+    subject = read_subject(settings, model, stages)
     items = {name: depth.items(subject) for name, depth in settings.depths.items()}
     directory = RunDirectory.open(folder, _manifest(settings, subject))
-    for name, depth in settings.depths.items():
-        missing = [item for item in items[name] if not directory.holds(name, item, subject.specs)]
-        done = len(items[name]) - len(missing)
-        for batch in (missing[start : start + depth.batch] for start in range(0, len(missing), depth.batch)):
+    with measuring(settings, model, subject, jobs) as measure:
+        for name, depth in settings.depths.items():
+            missing = [item for item in items[name] if not directory.holds(name, item, subject.specs)]
+            total, done = len(items[name]), len(items[name]) - len(missing)
+            batches = [missing[start : start + depth.batch] for start in range(0, len(missing), depth.batch)]
 
-            def progress(share: float, done: int = done, size: int = len(batch), name: str = name) -> None:
-                total = len(items[name])
-                stages(f"{model}: {name}, {done:,} of {total:,}", (done + share * size) / total)
+            def progress(
+                share: float, name: str = name, total: int = total, done: int = done, size: int = depth.batch
+            ) -> None:
+                reached = min(done + share * size, total)
+                stages(f"{model}: {name}, {int(reached):,} of {total:,}", reached / total)
 
-            progress(0.0)
-            for item, by_spec in depth.measure(subject, batch, progress).items():
-                directory.add(name, item, by_spec)
-            done += len(batch)
+            for found in measure(name, batches, progress):
+                for item, by_spec in found.items():
+                    directory.add(name, item, by_spec)
     return make_record(directory, settings, items, _bits(subject))
 
 
@@ -64,26 +67,8 @@ def make_record(
     return directory.manifest | reference | {"rows": rows}
 
 
-def _subject(settings: RunFile, model: str, stages: Stages) -> Subject:
-    packed = [replace(parse(text), prefill="packed") for text in settings.specs]
-    specs: dict[str, Spec | None] = {DENSE: None} | {str(spec): spec for spec in packed}
-    if len(specs) <= len(packed):
-        raise InputError(f"Two of the specs {', '.join(settings.specs)} are the same. Name each once.")
-    text = _read_text(settings.text) if settings.text else ""
-    data = Path(settings.data) if settings.data else None
-    loaded = load(model, settings.dtype, stages, settings.device)
-    return Subject(loaded, specs, settings.seed, text, Path(settings.text or "").name, data)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}. Give a UTF-8 file with --text FILE.") from error
-
-
 def _bits(subject: Subject) -> dict[str, dict[str, Any]]:
-    """Of packed tokens alone: nominal bits a value, bits with all scales, zeros, means and padding; what reads them."""
+    """Of packed tokens: nominal bits, bits with all scales, zeros, means and padding, and whose kernels read them."""
     d = head_dim(subject.model.config.get_text_config(decoder=True))
     return {text: _body(spec, d) for text, spec in subject.specs.items()}
 
@@ -95,7 +80,8 @@ def _body(spec: Spec | None, d: int) -> dict[str, Any]:
     layouts, info = [layout for one in infos for layout in one.layouts.values()], infos[0]
     nominal, body = (fmean(getattr(x, name) for x in layouts) for name in ("nominal_bits", "bits_per_value"))
     recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
-    facts: dict[str, Any] = {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "attention": info.attention}
+    readers = [device for device in KERNELS if not any(refusals(one.sides, device) for one in infos)]
+    facts: dict[str, Any] = {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "kernels": readers}
     fits = {x.digest.split()[0]: x.seconds for x in (info.spec.k.fitted, info.spec.v.fitted) if x and x.seconds}
     return facts | ({"calibration_seconds": sum(fits.values())} if fits else {})
 

@@ -30,7 +30,7 @@ def frequencies(model: PreTrainedModel) -> dict[int, tuple[float, ...]]:
         if own is None:
             return
         found[seen.layer] = tuple(own.double().tolist())
-        k = turned(seen.k.float(), torch.arange(SEEN), found[seen.layer], back=True)
+        k = turned(seen.k.float(), torch.arange(SEEN, device=seen.k.device), found[seen.layer], back=True)
         if (k - k[:, :, :1]).norm() > 0.02 * k.norm():
             raise ModelError(
                 f"Layer {seen.layer} of {type(model).__name__} does not turn keys by its frequencies, in pairs of "

@@ -18,6 +18,7 @@ from tersekv.ops.recipe import Recipe
 
 __all__ = [
     "BLOCK",
+    "KERNELS",
     "Implementation",
     "Pages",
     "Partial",

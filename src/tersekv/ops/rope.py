@@ -9,9 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tersekv.ops.planes import read
+from tersekv.layout import Plane
+from tersekv.ops.planes import read, to_bytes
 from tersekv.ops.recipe import Recipe
 from tersekv.packed import Packed
+
+POSITION = Plane("position", 1, 1, 32, "fp32")  # of a block's first token
+UNKNOWN = "Keys before RoPE can be encoded where their positions are known, in a cache. Use that."
 
 
 def turned(
@@ -33,6 +37,14 @@ def positions_of(starts: Int[Tensor, "*lead"], block: int) -> Int[Tensor, "*lead
     return starts[..., None] + torch.arange(block, dtype=starts.dtype, device=starts.device)
 
 
+def before(
+    x: Float[Tensor, "*lead block d"], starts: Int[Tensor, "*lead"], frequencies: tuple[float, ...]
+) -> tuple[Float[Tensor, "*lead block d"], dict[str, Tensor]]:
+    """Blocks of keys that begin at `starts` as they were before RoPE, and what their pages store of it."""
+    back = turned(x.float(), positions_of(starts, x.shape[-2]), frequencies, back=True)
+    return back, {POSITION.name: to_bytes(starts.float()[..., None], POSITION.kind)}
+
+
 @dataclass(frozen=True)
 class Turned:
     """What a recipe says, at the position of each token: the plane "position" holds that of the block's first."""
@@ -45,7 +57,7 @@ class Turned:
         return f"{self.base.name}, before RoPE"
 
     def values(self, packed: Packed) -> Float[Tensor, "*lead block d"]:
-        first = read(packed, "position")
+        first = read(packed, POSITION.name)
         assert first is not None  # for the type checker: the layout declares it
         positions = positions_of(first[..., 0, 0].int(), packed.layout.block)
         return turned(self.base.values(packed), positions, self.frequencies, back=False)

@@ -16,6 +16,7 @@ from tersekv.reports.differences import against
 from tersekv.terminal import bytes_text
 
 Record = dict[str, Any]
+KERNELS = {"cpu": "CPU", "cuda": "CUDA"}  # as people call them
 
 
 def _table(first: str, *columns: str, whole: bool = False) -> Table:
@@ -49,19 +50,52 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def methods(rows: list[dict[str, Any]]) -> Table:
-    """Rows of a record with the recipe, whether the kernels read it, and how long fitting took, if anything was."""
+    """Rows of a record with the recipe, whose kernels read it, and how long fitting took, if anything was."""
     names = ("nominal", "body", "held", "ratio", "KL", "top-1")
     table = Table("spec", *(Column(name, justify="right") for name in names), "recipe", "kernels")
     fitted = any("calibration_seconds" in row for row in rows)
     if fitted:
         table.add_column("calibration", justify="right")
     for row in rows:
-        known, cells = "recipe" in row, _cells(row)
-        readers = ("reference" if row["attention"].startswith("reference") else "native") if known else "torch"
-        seconds = row.get("calibration_seconds")
-        taken = ["-" if seconds is None else f"{seconds:,.0f} s"] if fitted else []
-        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), readers, *taken)
+        cells, taken = _cells(row), [_fitting(row)] if fitted else []
+        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), _kernels(row), *taken)
     return table
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    if "kernels" not in row:
+        return "torch"
+    return ", ".join(KERNELS[device] for device in row["kernels"]) or "reference"
+
+
+def _fitting(row: dict[str, Any]) -> str:
+    seconds = row.get("calibration_seconds")
+    return "-" if seconds is None else f"{seconds:,.0f} s"
+
+
+def models(records: list[Record]) -> Table:
+    """Rows of one run on several models side by side: body bits, KL and top-1 of each; the first one's recipe."""
+    heads = [f"{record['run']['model']}: {what}" for record in records for what in ("body", "KL (95 %)", "top-1")]
+    table = Table(
+        "spec", "nominal", *(Column(head, justify="right") for head in heads), "recipe", "kernels", "fitted in"
+    )
+    for rows in zip(*(record["rows"] for record in records), strict=True):
+        first, (spec,) = rows[0], {_of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
+        cells = [cell for row in rows for cell in _of_one(row)]
+        facts = first.get("recipe", "-"), _kernels(first), _fitting(first)
+        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, *facts)
+    return table
+
+
+def _of_any(spec: str, record: Record) -> str:
+    """A spec as its run file has it, where it names a file for each model."""
+    return spec.replace(record["run"]["model"], "{model}")
+
+
+def _of_one(row: dict[str, Any]) -> tuple[str, str, str]:
+    x = headline(row)
+    assert x is not None, "a folder's table is of logits"
+    return f"{row['body_bits']:.2f}", number_and_interval(x, "kl_mean", ".4f"), f"{100 * x['top1']:.1f} %"
 
 
 def windows(record: Record) -> Table:
