@@ -11,11 +11,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
     ".": 3840,
-    "bench": 2520,
+    "bench": 2550,
     "calibrate": 1440,
     "codecs": 1560,
     "eval": 1560,
-    "hf": 1480,
+    "hf": 1500,
     "models": 600,
     "ops": 1600,
     "ops/cuda": 1220,
