@@ -82,8 +82,7 @@ def models(records: list[Record]) -> Table:
     for rows in zip(*(record["rows"] for record in records), strict=True):
         first, (spec,) = rows[0], {_of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
         cells = [cell for row in rows for cell in _of_one(row)]
-        facts = first.get("recipe", "-"), _kernels(first), _fitting(first)
-        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, *facts)
+        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, first.get("recipe", "-"), _kernels(first))
     return table
 
 
@@ -95,7 +94,7 @@ def _of_any(spec: str, record: Record) -> str:
 def _of_one(row: dict[str, Any]) -> tuple[str, str, str]:
     x = headline(row)
     assert x is not None, "a folder's table is of logits"
-    return f"{row['body_bits']:.2f}", number_and_interval(x, "kl_mean", ".4f"), f"{100 * x['top1']:.1f} %"
+    return f"{row['body_bits']:.2f}", number_and_interval(x, "kl_mean", ".5f"), f"{100 * x['top1']:.1f} %"
 
 
 def windows(record: Record) -> Table:
