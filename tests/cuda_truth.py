@@ -12,6 +12,7 @@ from torch import Tensor
 from tersekv.ops.cuda.levels import levels, listed
 from tersekv.ops.planes import read_codes
 from tersekv.ops.recipe import Grid
+from tersekv.ops.trellis import Trellis
 
 QUERY = 0.51 / (127 * 254)
 WEIGHT = 0.51 * (1 + 2**-7) / 255
@@ -19,6 +20,8 @@ WEIGHT = 0.51 * (1 + 2**-7) / 255
 
 def near(side: Side) -> tuple[Tensor, Tensor]:
     """Table entries on the levels that the kernels multiply, and the part of them that rounded weights multiply."""
+    if isinstance(side.recipe, Trellis):  # its entries are levels
+        return side.table()
     assert isinstance(side.recipe, Grid)
     found, codes = levels(side.recipe.table), read_codes(side.packed).int()
     steps = found.step * torch.tensor(found.level, dtype=torch.float64)
@@ -68,9 +71,8 @@ BIAS = 2**15 + 2**7  # bytes become floats by way of a number this large, in uni
 
 def unpacked_off(side: Side, t: Tokens, pages: slice, length: int) -> Tensor:
     """How far a value (t, d) in shared memory may be from the exact one, from the table's steps and bf16's."""
-    assert isinstance(side.recipe, Grid)
     off = (t.values.abs() + 2 * EPS * t.magnitude) * BFLOAT
-    if not listed(side.recipe.table):
+    if isinstance(side.recipe, Grid) and not listed(side.recipe.table):
         found = levels(side.recipe.table)
         near_t = near(side)[0][pages].flatten(0, 1)[:length]
         reach = (t.t - near_t).abs() + ROUNDED_GAIN * near_t.abs() + EPS * BIAS * found.step

@@ -205,7 +205,8 @@ def make_case(k: str, v: str, d: int, g: int, n: int, lengths: list[list[int]]) 
 def mma_pages(case: Case, device: str) -> Pages:
     """The pages of a case in the orders of the CUDA kernels."""
     linear, split = case.linear, case.linear.k_layout.nbytes
-    sides = ((linear.k_layout, linear.pool[:, :split], "mma_k"), (linear.v_layout, linear.pool[:, split:], "mma_v"))
+    values = "mma_trellis_v" if isinstance(linear.v_recipe, Trellis) else "mma_v"
+    sides = ((linear.k_layout, linear.pool[:, :split], "mma_k"), (linear.v_layout, linear.pool[:, split:], values))
     stored = [repack(Packed(layout, data), order) for layout, data, order in sides]
     moved = (x.to(device) for x in (torch.cat([p.data for p in stored], -1), linear.table, linear.lengths))
     return Pages(*moved, *(p.layout for p in stored), linear.k_recipe, linear.v_recipe)

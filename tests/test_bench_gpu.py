@@ -20,9 +20,12 @@ TIMES = {"median": 2e-5, "p20": 1e-5, "p80": 3e-5}
 needs_gpu = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 
 
-def test_the_run_file_makes_sense() -> None:
-    grids = gpu_run.read_grids(RUNS / "attend-cuda.toml")
-    assert {grid.name for grid in grids} == {"batch", "single", "shapes", "chunks"}
+@pytest.mark.parametrize(
+    ("run", "names"), [("attend", {"batch", "single", "shapes", "chunks"}), ("trellis", {"trellis"})]
+)
+def test_the_run_files_make_sense(run: str, names: set[str]) -> None:
+    grids = gpu_run.read_grids(RUNS / f"{run}-cuda.toml")
+    assert {grid.name for grid in grids} == names
     for grid in grids:
         assert all(parse(text) for text in grid.specs.values())
         assert all(gpu.Case(**fields).hq % fields["h"] == 0 for fields in grid.cases)

@@ -10,7 +10,7 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3840,
+    ".": 3870,
     "bench": 2550,
     "calibrate": 1440,
     "codecs": 1560,
@@ -18,7 +18,7 @@ BUDGET = {
     "hf": 1500,
     "models": 600,
     "ops": 1600,
-    "ops/cuda": 1220,
+    "ops/cuda": 1350,
     "policy": 1330,
     "reports": 840,
 }

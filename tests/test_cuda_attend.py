@@ -6,7 +6,7 @@ from cuda_truth import truth
 from native_cases import Case, make_case, mma_pages
 from native_truth import compare
 
-from tersekv.ops.cuda import attending, compiler
+from tersekv.ops.cuda import attending, compiler, reading
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
 
@@ -24,6 +24,10 @@ SIDES = {
         "2 uniform scale:+fp16 zero:fp16 channel_scale:fp16 channel_zero:int8",
     ),
     "no scale": ("4 uniform", "1 uniform"),
+    "2/1 bits of a trellis, mean": ("2 normal scale:log8 channel_zero:int8", "1 trellis scale:log8"),
+    "4/2 bits of a trellis": ("4 normal scale:log8", "2 trellis scale:+fp16"),
+    "1/3 bits of a trellis": ("1 normal scale:log8", "3 trellis scale:log8"),
+    "8/4 bits of a trellis": ("8 uniform scale:+fp16 zero:fp16", "4 trellis"),
 }
 RAGGED = [[0, 1], [63, 65]]
 SHAPES = {  # d, g, n, lengths
@@ -39,7 +43,7 @@ SHAPES = {  # d, g, n, lengths
 
 def check(case: Case) -> None:
     pages = mma_pages(case, "cuda")
-    assert attending.reads(pages)
+    assert reading.reads(pages)
     q = case.q.cuda()
     torch.full((64 * 2**20,), torch.nan, device="cuda")  # what torch.empty will give, outputs and scratch
     first = attending.attend_pages(q, pages, case.scale)
@@ -54,6 +58,7 @@ def test_pages(sides: str, shape: str) -> None:
     check(make_case(*SIDES[sides], *SHAPES[shape]))
 
 
+@pytest.mark.parametrize("sides", ["2/3 bits, mean", "2/1 bits of a trellis, mean"])
 @pytest.mark.parametrize("g", range(1, 17))
-def test_every_group(g: int) -> None:
-    check(make_case(*SIDES["2/3 bits, mean"], 64, g, 1, RAGGED))
+def test_every_group(g: int, sides: str) -> None:
+    check(make_case(*SIDES[sides], 64, g, 1, RAGGED))

@@ -8,8 +8,9 @@ import pytest
 
 from tersekv.codec import Codec
 from tersekv.errors import TersekvError
-from tersekv.ops.cuda import attending, chunks, compiler, encoding, feedback, joining, source, stepping
-from tersekv.spec import parse, parse_codec
+from tersekv.layout import Layout
+from tersekv.ops.cuda import attending, chunks, compiler, encoding, feedback, joining, reading, source, stepping
+from tersekv.spec import Spec, parse, parse_codec
 
 pytestmark = pytest.mark.skipif(compiler.uncompilable() is not None, reason=str(compiler.uncompilable()))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -39,9 +40,16 @@ def _minimum_stack(records: bytes) -> int | None:
     return None
 
 
+def layouts(codecs: Spec, d: int) -> tuple[Layout, Layout]:
+    """In the orders of the kernels, which `reading.order` names only where there is a GPU."""
+    sides = ((codecs.k, "k"), (codecs.v, "v"))
+    k, v = (codec.layout(d).ordered(reading.ordered(codec.recipe(d), side)) for codec, side in sides)
+    return k, v
+
+
 def attend_text(spec: str, d: int, rows: int, arch: str, sequences: int = 1) -> str:
     codecs = parse(spec)
-    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    k, v = layouts(codecs, d)
     sm = SM_BYTES[arch] * 1024
     how = attending.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024), sequences)
     return attending.text(k, v, codecs.k.recipe(d), codecs.v.recipe(d), how)
@@ -56,6 +64,8 @@ def attend_text(spec: str, d: int, rows: int, arch: str, sequences: int = 1) -> 
         ("k=rotated:bits=4 v=rotated:bits=2", 128, 8),
         ("intn:bits=8", 128, 4),
         ("intn:bits=2,axis=channel", 128, 4),
+        *((f"k=rotated:bits=2 v=trellis:bits={bits}", 128, 4) for bits in (1, 2, 3, 4)),
+        *(("k=rotated:bits=2 v=trellis:bits=1", d, rows) for d, rows in ((64, 1), (128, 8), (256, 8))),
     ],
 )
 def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
@@ -80,14 +90,14 @@ def test_attend_for_many_sequences(spec: str) -> None:
 )
 def test_rows_are_split_as_measured(d: int, rows: int, tiles: int, blocks: int, best: int) -> None:
     codecs = parse("rotated:bits=4")
-    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    k, v = layouts(codecs, d)
     how = attending.shape(k, v, rows, attending.Limits(9, 132, 228 * 1024, 227 * 1024), tiles)
     assert attending.splits(tiles, blocks, how, 132) == best
 
 
 def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
     codecs = parse(spec)
-    k, v = codecs.k.layout(d).ordered("mma_k"), codecs.v.layout(d).ordered("mma_v")
+    k, v = layouts(codecs, d)
     sm = SM_BYTES[arch] * 1024
     how = chunks.shape(k, v, rows, attending.Limits(int(arch[3:-1]), 100, sm, sm - 1024))
     return chunks.text(k, v, codecs.k.recipe(d), codecs.v.recipe(d), how)
@@ -103,6 +113,7 @@ def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
         ("rotated:bits=8", 64, 4096),
         ("rotated:bits=4", 256, 4096),
         ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
+        *((f"k=rotated:bits=2 v=trellis:bits={bits}", d, 4096) for bits, d in ((1, 128), (2, 64), (3, 128), (4, 256))),
     ],
 )
 def test_chunk(spec: str, d: int, rows: int, arch: str) -> None:
@@ -116,7 +127,7 @@ def test_chunk(spec: str, d: int, rows: int, arch: str) -> None:
 @pytest.mark.parametrize(
     "text", ["rotated:bits=3,mean=block", "lloydmax:bits=1,norm=fp32", "intn:bits=8", "intn:axis=channel"]
 )
-@pytest.mark.parametrize("d", attending.HEAD_DIMS)
+@pytest.mark.parametrize("d", reading.HEAD_DIMS)
 def test_encode(d: int, text: str, arch: str) -> None:
     codec: Codec = parse_codec(text, "v")
     encoder, layout = codec.encoder(d), codec.layout(d).ordered("mma_k")
@@ -125,18 +136,26 @@ def test_encode(d: int, text: str, arch: str) -> None:
     assert stack_bytes(cubin) == 0
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("d", "bits", "at_once"), [(64, 3, 32), (128, 1, 32), (128, 2, 16), (256, 4, 32)])
+def test_encode_walks(d: int, bits: int, at_once: int, arch: str) -> None:
+    codec: Codec = parse_codec(f"trellis:bits={bits}", "v")
+    encoder, layout = codec.encoder(d), codec.layout(d).ordered("mma_trellis_v")
+    assert encoder is not None
+    cubin = compiler.compiled(encoding.text(encoder, layout, "BF16", at_once), arch, encoding.EXACT)
+    assert stack_bytes(cubin) == 0
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_others(arch: str) -> None:
     texts = [source.read("merge.cu"), source.read("repack.cu")]
-    texts += [encoding.rotation_text(d, "BF16", back) for d in attending.HEAD_DIMS for back in (False, True)]
-    texts += [
-        joining.dense_text(d, "BF16", "FP16", rows, rows > 1) for d in attending.HEAD_DIMS for rows in joining.ROWS
-    ]
+    texts += [encoding.rotation_text(d, "BF16", back) for d in reading.HEAD_DIMS for back in (False, True)]
+    texts += [joining.dense_text(d, "BF16", "FP16", rows, rows > 1) for d in reading.HEAD_DIMS for rows in joining.ROWS]
     assert all(stack_bytes(compiler.compiled(text, arch)) == 0 for text in texts)
 
 
 @pytest.mark.parametrize("kind", ["BF16", "FP32"])
-@pytest.mark.parametrize("d", attending.HEAD_DIMS)
+@pytest.mark.parametrize("d", reading.HEAD_DIMS)
 def test_a_step(d: int, kind: str) -> None:
     texts = [stepping.storing_text(d, kind, True)]
     texts += [stepping.finishing_text(d, kind, rows, True) for rows in stepping.ROWS]

@@ -13,7 +13,7 @@ from tersekv.spec import parse_codec
 from tersekv.testing import sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))]
-# 8-bit tables, trellis codes and pages of plain numbers are the reference's on a GPU.
+# 8-bit tables, trellis codes of keys and pages of plain numbers are the reference's on a GPU.
 KERNELS = ("intn", "rotated", "lloydmax")
 CODECS = [text for text in NATIVE_CODECS if text.startswith(KERNELS) and ("bits=8" not in text or text[:4] == "intn")]
 
@@ -32,6 +32,22 @@ def test_the_bytes_of_the_reference(text: str) -> None:
             cuda.encode(encoder, x.cuda(), layout, pages[:, 32:-32])
             assert (pages[:, :32] == 0xAB).all() and (pages[:, -32:] == 0xAB).all()
             assert_same(pages[:, 32:-32].cpu(), repack(want, order))
+
+
+TRELLIS = [text for text in NATIVE_CODECS if text.startswith("trellis") and "mean=block" not in text]
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("text", [*TRELLIS, "trellis:bits=1,scale=norm"])
+def test_walks_are_those_of_the_reference(text: str, d: int) -> None:
+    """For hard blocks too, as above."""
+    codec, order = parse_codec(text, "v"), "mma_trellis_v"
+    x, encoder, layout = blocks(d)[:, 0], codec.encoder(d), codec.layout(d).ordered(order)
+    assert encoder is not None and cuda.writes(encoder, layout, codec.recipe(d), x.cuda())
+    pages = torch.full((len(x), layout.nbytes + 64), 0xAB, dtype=torch.uint8, device="cuda")
+    cuda.encode(encoder, x.cuda(), layout, pages[:, 32:-32])
+    assert (pages[:, :32] == 0xAB).all() and (pages[:, -32:] == 0xAB).all()
+    assert_same(pages[:, 32:-32].cpu(), repack(codec.encode(x), order))
 
 
 @pytest.mark.parametrize("text", ["rotated:bits=3,mean=block", "intn", "none"])

@@ -70,7 +70,14 @@ def test_ops_run_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["rotated:bits=4", "rotated:bits=2", "intn:bits=4", "k=intn:bits=2,axis=channel v=lloydmax:bits=3"]
+    "spec",
+    [
+        "rotated:bits=4",
+        "rotated:bits=2",
+        "intn:bits=4",
+        "k=intn:bits=2,axis=channel v=lloydmax:bits=3",
+        "k=rotated:bits=2 v=trellis:bits=1",
+    ],
 )
 def test_a_store_decodes_with_the_kernels(
     spec: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -95,6 +102,8 @@ def test_what_kernels_refuse_runs_on_the_reference() -> None:
         ("rotated:bits=8", 256, "8 bits of unequal steps"),
         ("intn:bits=5", 64, "5 bits"),
         ("none", 64, "recipe dense"),
+        ("trellis:bits=2", 128, "keys: recipe trellis"),
+        ("k=rotated:bits=2 v=trellis:bits=2,mean=block", 128, "plane channel_zero"),
     )
     for spec, d, said in refused:
         store = Store(parse(spec), 1, 1, d, torch.float32, torch.device("cuda"))
@@ -117,7 +126,11 @@ def test_a_decoding_step_is_captured_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["rotated:bits=4", "rotated:bits=3", "rotated:bits=1", "intn:bits=4", "intn:bits=8", "lloydmax:bits=2"]
+    "spec",
+    [
+        *("rotated:bits=4", "rotated:bits=3", "rotated:bits=1", "intn:bits=4", "intn:bits=8", "lloydmax:bits=2"),
+        *(f"k=rotated:bits=2 v=trellis:bits={bits}" for bits in (1, 2, 3, 4)),
+    ],
 )
 @pytest.mark.parametrize(("d", "t"), [(64, 1024), (128, 4096)])
 def test_errors_of_many_blocks_at_once(spec: str, d: int, t: int) -> None:

@@ -56,6 +56,8 @@ def assert_same(one: Tiers, other: Tiers) -> None:
         ("intn:bits=4", 128, 1, 3, torch.float32),
         ("k=intn:bits=2,axis=channel v=lloydmax:bits=3", 256, 4, 5, torch.bfloat16),
         ("rotated:bits=1", 64, 16, 16, torch.bfloat16),
+        ("k=rotated:bits=2 v=trellis:bits=1", 128, 4, 1, torch.bfloat16),
+        ("k=rotated:bits=3 v=trellis:bits=2", 64, 8, 7, torch.float16),
     ],
 )
 def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: torch.dtype, room: int | None) -> None:

@@ -45,6 +45,7 @@ def test_codes_with_feedback_are_those_of_the_reference(d: int, bits: int) -> No
     [
         "rotated:bits=3",
         "rotated:bits=2 policy=queryaware",
+        "k=rotated:bits=2 v=trellis:bits=1 policy=queryaware",
         "k=intn:bits=2,axis=channel v=lloydmax:bits=4",
         "none:dtype=fp32",
     ],

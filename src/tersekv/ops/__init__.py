@@ -109,7 +109,7 @@ def refusals(sides: Mapping[str, tuple[Layout, Recipe]], device: str = "cpu") ->
     if device not in KERNELS:
         return ""
     names, refusal = {"k": "keys", "v": "values"}, KERNELS[device].refusal
-    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := refusal(*given)))
+    return "; ".join(f"{names[side]}: {why}" for side, given in sides.items() if (why := refusal(*given, side)))
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float, exact: bool = False) -> Partial:

@@ -42,8 +42,8 @@ def isas() -> list[tuple[str, bool, str]]:
     return _native.isas()
 
 
-def refusal(layout: Layout, recipe: Recipe) -> str | None:
-    """Why the kernels cannot read blocks of this layout, or None."""
+def refusal(layout: Layout, recipe: Recipe, side: str = "") -> str | None:
+    """Why the kernels cannot read blocks of this layout, or None: the same for keys and values."""
     if layout.d > MAX_HEAD_DIM:
         return f"head dim {layout.d}: they read up to {MAX_HEAD_DIM}."
     if isinstance(recipe, Dense):

@@ -8,7 +8,7 @@
 
 typedef Ring<SLOTS, SLOT_BYTES> Pages;
 
-struct Shared {
+struct Shared : WalksOf<V::TRELLIS> {
   u64 copied[WARPS][SLOTS];
   Queries queries[QUERIES];
   float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
@@ -64,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   };
 #pragma unroll 1
   for (int piece = 0; piece < SLOTS - 1; piece++) ask(piece, piece);
+  shared.copy(reinterpret_cast<const uint4*>(a.windows));
   wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
   let_next_launch();
 
@@ -80,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   __syncthreads();
 
   const Tables tables;
+  const WalkTables walks(shared, warp);
   Softmax softmax;
   int slot = 0, left = length - begin * BLOCK;
   u32 turn = 0;
@@ -100,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     float s[TOKENS][2];
     score(page, tables.k, shared.sizes, queries, softmax.ref, left, s);
     page = PIECES == 1 ? page + K::BYTES : next(2 * i + 1);
-    mix(page, tables.v, shared.sizes, left, s, softmax);
+    mix(page, tables.v, walks, shared.sizes, left, s, softmax);
   }
 #if __CUDA_ARCH__ < 900
   asm volatile("cp.async.wait_all;" ::: "memory");

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from tersekv.layout import Layout
-from tersekv.ops.cuda import source
-from tersekv.ops.cuda.compiler import Kernel, kernel, missing
-from tersekv.ops.cuda.levels import listed
+from tersekv.ops.cuda import source, walks
+from tersekv.ops.cuda.compiler import Kernel, kernel
+from tersekv.ops.cuda.reading import TRELLIS_ORDER
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Grid, Recipe
+from tersekv.ops.recipe import Grid
+from tersekv.ops.trellis import Trellis
 
-HEAD_DIMS = (64, 128, 256)
-LISTED_HEAD_DIMS = (64, 128)  # of tables without equal steps, in chunk.cu: at 256 it is for Hopper alone
-ORDERS = {"k": "mma_k", "v": "mma_v"}
 LOG2E = 1.4426950408889634
 # Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
 SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
 SMALL_SHAPE = (128, 4)  # where all blocks run at once in it, and in the first of SHAPES they would not
 WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
+LARGE_SHAPES = ((512, 1), *WIDE_SHAPES)  # where a table in shared memory leaves no room for two blocks
+LARGE = 2**15  # bytes of such a table
 # Up to so many bits a page is copied in one piece, for fewer instructions. A warp's ring has one slot more than are
 # under way at a time: a page, or two of its sides. More only make copies wait for each other, and some SMs for long.
 IN_ONE_PIECE = 3
 MOST_SLOTS = 12
-Form = tuple[Layout, Layout, Grid, Grid]  # of keys and values
+Form = tuple[Layout, Layout, Grid, Grid | Trellis]  # of keys and values
 OVERHEAD, WAVE = 1, 4  # what a block costs besides its pages, and blocks that wait for others, in pages of a warp
 
 
@@ -36,7 +36,7 @@ class Arguments(Structure):
     _fields_ = (
         *(
             (name, c_void_p)
-            for name in ("q", "pool", "table", "lengths", "out", "lse", "part_out", "part_sums", "arrived")
+            for name in ("q", "pool", "table", "lengths", "out", "lse", "part_out", "part_sums", "arrived", "windows")
         ),
         *((name, c_int) for name in ("page_bytes", "rows", "blocks", "splits", "tiles")),
         ("scale", c_float),
@@ -75,44 +75,6 @@ class Limits:
     block_bytes: int
 
 
-def refusal(layout: Layout, recipe: Recipe) -> str | None:
-    """Why the kernels cannot read blocks of this layout, or None."""
-    if layout.d not in HEAD_DIMS:
-        return f"head dim {layout.d}: the CUDA kernels read {', '.join(map(str, HEAD_DIMS))}."
-    if not isinstance(recipe, Grid) or recipe.name != "grid":
-        return f"recipe {recipe.name}: the CUDA kernels read grid."
-    if not layout.takes("mma_k"):
-        return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
-    if listed(recipe.table) and layout.d not in LISTED_HEAD_DIMS:
-        return f"8 bits of unequal steps at head dim {layout.d}: the CUDA kernels read them at 64 and 128."
-    if layout.plane("codes").cols != layout.d:
-        return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
-    for plane in layout.planes:
-        whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
-        if plane.name in source.NUMBERS and (plane.rows, plane.cols) != whole:
-            return f"plane {plane.name} is in groups: they read one number a token, or one a channel and block."
-    return None
-
-
-def order(layout: Layout, recipe: Recipe, side: str) -> str:
-    """The storage order in which a side's codes are kept on a GPU."""
-    return "linear" if missing() or refusal(layout, recipe) else ORDERS[side]
-
-
-def reads(pages: Pages) -> bool:
-    """Whether `attend_pages` can run: pages on a GPU, both sides in their mma order."""
-    if pages.pool.device.type != "cuda" or missing():
-        return False
-    sides = ((pages.k_layout, pages.k_recipe, "k"), (pages.v_layout, pages.v_recipe, "v"))
-    return all(layout.order == ORDERS[side] and refusal(layout, recipe) is None for layout, recipe, side in sides)
-
-
-def integers(pages: Pages) -> bool:
-    """Whether the codes of both sides stand for 8-bit integers; if not, only `chunk.cu` reads them."""
-    recipes = pages.k_recipe, pages.v_recipe
-    return all(isinstance(recipe, Grid) and not listed(recipe.table) for recipe in recipes)
-
-
 @lru_cache
 def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> Shape:
     """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end.
@@ -127,7 +89,9 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> S
     wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
     on_each = sequences * -(-rows // heads) / gpu.processors
     small = SHAPES[0][1] < on_each <= SMALL_SHAPE[1] and gpu.major <= 9
+    windows = walks.table_bytes(v.code_bits) if v.order == TRELLIS_ORDER else 0
     shapes = WIDE_SHAPES if wide else (SMALL_SHAPE, *SHAPES) if small else SHAPES[gpu.major > 9 :]
+    shapes = LARGE_SHAPES if windows > LARGE and not wide else shapes
     for threads, blocks in shapes:
         warps = threads // 32
         zeros = 16 if groups == 1 else d // 32 * heads * 64
@@ -136,7 +100,7 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> S
         shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1) + 4 * sizes
         sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
         slots = next(count for count in range(pieces + 1, MOST_SLOTS + 1) if warps * count * slot >= sums)
-        total = warps * slots * (slot + 8) + shared + 16
+        total = warps * slots * (slot + 8) + shared + 16 + (windows + warps * heads * 64 + 16 if windows else 0)
         if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
             return Shape(d, groups, threads, blocks, pieces, slots, total)
     raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no {pieces + 1} slots of {slot} bytes.")
@@ -150,7 +114,7 @@ def limits(device: int) -> Limits:
 
 
 @lru_cache
-def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> str:
+def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, how: Shape) -> str:
     sides = source.side("K", k, k_recipe) + source.side("V", v, v_recipe)
     return f'#include "planes.cuh"\n{sides}{how.constants()}{source.read("attend.cu")}'
 
@@ -200,7 +164,7 @@ def launch(pages: Pages, q: Tensor) -> Launch:
     """Of attention from queries such as `q`; lengths are not looked at, so the device is not waited for."""
     b, hq, n, _ = q.shape
     h, blocks = pages.table.shape[1:]
-    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid)  # for the type checker: see `reads`
+    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid | Trellis)  # see `reads`
     form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
     run, how, tiles, parts = _plan(form, b * h, blocks, hq // h * n, q.device.index)
     results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
@@ -242,6 +206,8 @@ def attend_pages(
     q, table, lengths = q.float().contiguous(), pages.table.contiguous(), pages.lengths.contiguous()
     counters = _arrived(plan.tiles, q.device) if arrived is None else arrived
     tensors = (q, pages.pool, table, lengths, out, lse, *scratch(plan, q), counters)
-    arguments = Arguments(*(x.data_ptr() for x in tensors), *plan.numbers, scale * LOG2E)
+    trellis = isinstance(pages.v_recipe, Trellis)
+    windows = walks.on_device(pages.v_recipe, q.device.index).data_ptr() if trellis else 0
+    arguments = Arguments(*(x.data_ptr() for x in tensors), windows, *plan.numbers, scale * LOG2E)
     plan.run(plan.grid, plan.threads, arguments, overlap)
     return out, lse

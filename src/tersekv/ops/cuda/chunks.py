@@ -12,8 +12,10 @@ from tersekv.ops.cuda import attending, joining, source
 from tersekv.ops.cuda.attending import LOG2E, Form, Limits
 from tersekv.ops.cuda.compiler import Kernel, kernel
 from tersekv.ops.cuda.levels import listed
+from tersekv.ops.cuda.reading import LISTED_HEAD_DIMS, integers
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid
+from tersekv.ops.trellis import Trellis
 
 FEW_ROWS = 24  # query rows for each KV head up to which `attend.cu`, eight at a time, is faster (measured)
 SLOTS = (6, 4, 2)  # sides of pages that are unpacked ahead, keys and values in turn
@@ -80,14 +82,14 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
 
 
 @lru_cache
-def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid, how: Shape) -> str:
+def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, how: Shape) -> str:
     sides = source.side("K", k, k_recipe) + source.side("V", v, v_recipe)
     lists = _list("K_LIST", k_recipe) + _list("V_LIST", v_recipe)
     return f'#include "planes.cuh"\n{sides}{lists}{how.constants()}{source.read("chunk.cu")}'
 
 
-def _list(name: str, recipe: Grid) -> str:
-    entries = recipe.table if listed(recipe.table) else (0.0,)
+def _list(name: str, recipe: Grid | Trellis) -> str:
+    entries = recipe.table if isinstance(recipe, Trellis) or listed(recipe.table) else (0.0,)
     return f"__constant__ float {name}[] = {{{', '.join(map(source.number, entries))}}};\n"
 
 
@@ -117,14 +119,9 @@ def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
     rows = q.shape[1] // pages.table.shape[1] * q.shape[2]
     d = pages.k_layout.d
     hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
-    fits = d in attending.LISTED_HEAD_DIMS or (d == 256 and hopper)
-    few = (rows <= FEW_ROWS or not fits) and attending.integers(pages)
+    fits = d in LISTED_HEAD_DIMS or (d == 256 and hopper)
+    few = (rows <= FEW_ROWS or not fits) and integers(pages)
     return attending.attend_pages(q, pages, scale) if few else attend_chunk(q, pages, scale)
-
-
-def _grid(recipe: object) -> Grid:
-    assert isinstance(recipe, Grid)  # for the type checker: see `attending.reads`
-    return recipe
 
 
 def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
@@ -132,7 +129,8 @@ def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
     b, hq, n, d = q.shape
     h, blocks = pages.table.shape[1:]
     rows, device = hq // h * n, q.device
-    form = pages.k_layout, pages.v_layout, _grid(pages.k_recipe), _grid(pages.v_recipe)
+    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid | Trellis)  # see `reading.reads`
+    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
     run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
     out = torch.empty(parts, b, hq, n, d, dtype=torch.float32, device=device)
     lse = torch.empty(parts, b, hq, n, dtype=torch.float32, device=device)

@@ -3,9 +3,11 @@
 #pragma once
 #include "planes.cuh"
 #include "tensor.cuh"
-#include "unpack.cuh"
 
 constexpr int UNITS = D / 64;
+
+#include "trellis.cuh"
+
 constexpr float BIAS = 32768.f;  // 0x47000000: the two bytes below its first are a number that is added
 
 // The token at a row of the keys and a column of the values.
@@ -80,6 +82,25 @@ struct Entries {
     return fmaf(BIT ? 0.f : -(BIAS + 128.f), gain(scale), fmaf(S::MID, scale, zero));
   }
 };
+
+// States of a trellis of the lane's channels 8 u + 2 x + r, in bytes a[y][2 * half + r] of four tokens.
+template <class S>
+INLINE void states(const u8* codes, int u, int x, u32 (&a)[2][4]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int end = (8 * u + 2 * x + r + 1) * S::BITS, at = (end - 1) / 8, shift = 8 * (at + 1) - end;
+    const u32 mask = 0x01010101u * (0xFFu >> shift);
+    const uint4 now = vector(codes, at), before = vector_before<S>(codes, at);
+    const u32 low[4] = {now.x, now.y, now.z, now.w}, high[4] = {before.x, before.y, before.z, before.w};
+    u32 word[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) word[i] = (low[i] >> shift & mask) | (high[i] << (8 - shift) & ~mask);
+#pragma unroll
+    for (int y = 0; y < 2; y++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) a[y][2 * half + r] = prmt(word[y], word[2 + y], half ? 0x7632 : 0x5410);
+  }
+}
 
 template <class S, int COUNT>
 INLINE void token_numbers(const u8* side, int first, float (&gain)[COUNT], float (&offset)[COUNT]) {
@@ -162,7 +183,8 @@ INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int 
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
     u32 a[2][4];
-    entries.bytes(side + V::CODES + 512 * V::BITS * u + 16 * lane, w, a);
+    if constexpr (V::TRELLIS) states<V>(side + V::CODES + 16 * lane, u, w, a);
+    else entries.bytes(side + V::CODES + 512 * V::BITS * u + 16 * lane, w, a);
     float stretch[2], shift[2];
     const int row = 8 * u + 2 * w;
     channel_numbers<V::CHANNEL_SCALE.kind>(side, V::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);

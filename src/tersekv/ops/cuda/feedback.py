@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tersekv.layout import BLOCK
 from tersekv.ops.cuda import source
-from tersekv.ops.cuda.attending import HEAD_DIMS
 from tersekv.ops.cuda.compiler import kernel, missing
 from tersekv.ops.cuda.encoding import EXACT
+from tersekv.ops.cuda.reading import HEAD_DIMS
 
 
 class Steering(Structure):

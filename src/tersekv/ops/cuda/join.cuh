@@ -10,16 +10,18 @@ struct Arguments {  // as in attending.py
   float *out, *lse;  // (b h, rows, D), (b h, rows)
   float *part_out, *part_sums;  // of splits: (tiles, splits, ITEMS, 2), (tiles, splits, HEADS) log-sum-exps
   int* arrived;                 // of tiles; 0 before and after
+  const u8* windows;            // of a trellis: levels of successive channels by the bits of their window
   u32 page_bytes;
   int rows, blocks, splits, tiles;  // tiles: of query rows, for each of b h
   float scale;                      // of scores, times log2(e)
 };
 
-constexpr int PARTS = WARPS * GROUPS;  // of a head's sums in a block
+constexpr int APART = V::TRELLIS ? 1 : GROUPS;  // column groups whose sums a warp has apart
+constexpr int PARTS = WARPS * APART;            // of a head's sums in a block
 constexpr int ITEMS = D * HEADS / 2;   // pairs of neighbouring channels of the heads, see `Item`
 constexpr int AT_ONCE = 16;            // splits of which a thread waits for at the same time
 struct Sums {  // of all warps, at the end; lies where the rings were. Lanes side by side, as they hold them
-  float2 out[WARPS][D / 16][2][32];
+  float2 out[WARPS][SUMS][2][32];
   float ref[HEADS][PARTS], mass[HEADS][PARTS], share[HEADS][PARTS];
 };
 
@@ -28,17 +30,24 @@ INLINE void put(const Softmax& softmax, Sums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int j = 0; j < 2; j++) {
-    const int column = 2 * (lane % 4) + j, part = warp * GROUPS + column / HEADS, head = column % HEADS;
-    const float mass = row_sum(softmax.mass[j]);
-    const float common = V_CHANNELS ? 0 : row_sum(softmax.zero[j]) + softmax.middle[j];
+    const int column = 2 * (lane % 4) + j, group = column / HEADS, part = warp * APART + group % APART, head = column % HEADS;
+    float mass = row_sum(softmax.mass[j]);
+    if constexpr (V::TRELLIS)
 #pragma unroll
-    for (int m = 0; m < D / 16; m++) {
+      for (int i = HEADS / 2; i < 4; i *= 2) mass += across(mass, i);
+    const float common = V_CHANNELS || V::TRELLIS ? 0 : row_sum(softmax.zero[j]) + softmax.middle[j];
+#pragma unroll
+    for (int m = 0; m < SUMS; m++) {
+      if constexpr (V::TRELLIS) {
+        sums.out[warp][m][j][lane] = make_float2(softmax.out[m][2 * j] * V::STEP, softmax.out[m][2 * j + 1] * V::STEP);
+        continue;
+      }
       const float factor = V_CHANNELS ? 1.f : V::STEP * (V::BITS == 1 ? 1.f / (1 << (2 * (m % 4))) : 1.f);
       const float other = V::BITS == 1 && !V_CHANNELS ? factor / 2 : factor;
       sums.out[warp][m][j][lane] =
           make_float2(softmax.out[m][j] * factor + common, softmax.out[m][2 + j] * other + common);
     }
-    if (lane / 4 == 0) sums.ref[head][part] = mass > 0 ? softmax.ref[j] : -INFINITE, sums.mass[head][part] = mass;
+    if (lane / 4 == 0 && group < APART) sums.ref[head][part] = mass > 0 ? softmax.ref[j] : -INFINITE, sums.mass[head][part] = mass;
   }
 }
 
@@ -46,6 +55,11 @@ INLINE void put(const Softmax& softmax, Sums& sums) {
 struct Item {
   int m, j, lane, head, channel;
   INLINE Item(int i) {
+    if constexpr (V::TRELLIS) {
+      lane = i % 32, j = i / 32 % 2, m = i / 64;
+      head = 2 * (m % (HEADS / 2)) + lane % 4 / 2, channel = ROWS * (lane / 4) + 8 * (m / (HEADS / 2)) + 4 * j + lane % 2 * 2;
+      return;
+    }
     const int pair = i % (HEADS / 2), row = i / (HEADS / 2) % 8;
     j = i / (HEADS * 4) % 2, m = i / (HEADS * 8), lane = 4 * row + pair;
     head = 2 * pair + j, channel = ROWS * row + 2 * m;
@@ -128,7 +142,7 @@ INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 
     float2 out = make_float2(0, 0);
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {
-      const float2 x = sums.out[p / GROUPS][item.m][item.j][item.lane + p % GROUPS * (HEADS / 2)];
+      const float2 x = sums.out[p / APART][item.m][item.j][item.lane + p % APART * (HEADS / 2)];
       const float weight = sums.share[item.head][p];
       out.x += weight * x.x, out.y += weight * x.y;
     }

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tersekv.ops.cuda import source
-from tersekv.ops.cuda.attending import HEAD_DIMS
 from tersekv.ops.cuda.compiler import kernel, missing
 from tersekv.ops.cuda.encoding import KINDS
+from tersekv.ops.cuda.reading import HEAD_DIMS
 from tersekv.ops.pages import Partial
 
 FLASH = (torch.bfloat16, torch.float16)

@@ -1,11 +1,11 @@
 // Weights times values.
 #pragma once
 #include "softmax.cuh"
-#include "unpack.cuh"
+#include "walks.cuh"
 
 // Weighs the values of a page and adds them up.
-INLINE void mix(const u8* page, const u32 (&table)[4], const float* sizes, int tokens_left, float (&s)[TOKENS][2],
-                Softmax& softmax) {
+INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, const float* sizes, int tokens_left,
+                float (&s)[TOKENS][2], Softmax& softmax) {
   const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
   float scale[TOKENS], offset[TOKENS];
 #pragma unroll
@@ -20,8 +20,10 @@ INLINE void mix(const u8* page, const u32 (&table)[4], const float* sizes, int t
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
       if (first + t >= tokens_left) scale[t] = offset[t] = 0;
-  u32 b[4];
-  softmax.weigh(s, scale, offset, b);
+  u32 byte[TOKENS][2], b[4];
+  softmax.weigh(s, scale, offset, byte);
+  if constexpr (V::TRELLIS) return mix_walks(page, byte, walks, softmax);
+  columns(byte, b);
   float middle[2] = {0, 0};
   if constexpr (V::CENTRE != 0) {  // times the sum of the weights as they were rounded
     const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};

@@ -7,6 +7,7 @@ constexpr int TILES = 4 / GROUPS;      // operands C for 64 tokens: each group o
 constexpr int TOKENS = 2 * TILES;      // of a lane, neighbours
 constexpr int STEPS = D / 32;          // of a matrix product over the channels
 constexpr int UNITS = D / 64;
+constexpr int SUMS = V::TRELLIS ? UNITS * HEADS / 2 : D / 16;  // operands C of a warp's output
 constexpr int ROWS = D / 8;            // channels of a lane, neighbours
 constexpr float LIMIT = 65536.f;       // sum of exponentials at which the reference point moves
 constexpr float TINY = 1e-35f;

@@ -4,8 +4,9 @@ from functools import cache
 from importlib.resources import files
 
 from tersekv.layout import Layout, Plane
-from tersekv.ops.cuda.levels import levels, listed, packed
+from tersekv.ops.cuda.levels import Levels, levels, listed, packed
 from tersekv.ops.recipe import Grid
+from tersekv.ops.trellis import Trellis
 
 NUMBERS = ("scale", "zero", "channel_scale", "channel_zero")
 
@@ -15,7 +16,7 @@ def read(name: str) -> str:
     return files("tersekv.ops.cuda").joinpath(name).read_text(encoding="utf-8")
 
 
-def side(name: str, layout: Layout, recipe: Grid | None = None) -> str:
+def side(name: str, layout: Layout, recipe: Grid | Trellis | None = None) -> str:
     """`struct K` or `struct V`: where the planes of a side lie and, with a recipe, what its codes stand for."""
     numbers = "\n".join(f"  static constexpr Plane {plane.upper()} = {_plane(layout, plane)};" for plane in NUMBERS)
     return f"""struct {name} {{
@@ -26,12 +27,13 @@ def side(name: str, layout: Layout, recipe: Grid | None = None) -> str:
 """
 
 
-def _table(recipe: Grid) -> str:
-    found = levels(recipe.table)
+def _table(recipe: Grid | Trellis) -> str:
+    trellis = isinstance(recipe, Trellis)
+    found = Levels((), recipe.half, 0.0) if trellis else levels(recipe.table)
     words = ", ".join(f"T{i} = {word:#010x}u" for i, word in enumerate(packed(found.level)))
     return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)};
   static constexpr float CENTRE = {number(found.centre)};
-  static constexpr bool LISTED = {int(listed(recipe.table))};
+  static constexpr bool LISTED = {int(trellis or listed(recipe.table))}, TRELLIS = {int(trellis)};
   static constexpr u32 {words};
 """
 

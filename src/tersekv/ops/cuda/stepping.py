@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.ops.cuda import source
-from tersekv.ops.cuda.attending import LOG2E, attend_pages, integers, reads
+from tersekv.ops.cuda.attending import LOG2E, attend_pages
 from tersekv.ops.cuda.compiler import kernel
 from tersekv.ops.cuda.encoding import EXACT, KINDS
+from tersekv.ops.cuda.reading import integers, reads
 from tersekv.ops.pages import Pages
 
 MOST = 16  # new tokens
