@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from multiprocessing import active_children
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tersekv import InputError
 from tersekv.cli import main
 from tersekv.eval.run import run
 from tersekv.eval.runfile import RunFile, read_run
-from tersekv.eval.samples import SAMPLES
+from tersekv.eval.samples import SAMPLES, RunDirectory, read_samples
 from tersekv.terminal import Stages
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
@@ -78,6 +79,23 @@ def test_an_error_in_a_process_is_the_runs_error(settings: RunFile, tmp_path: Pa
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 160}))
     with pytest.raises(InputError, match="context of 160"):
         record(settings, tmp_path / "broken", 2)
+
+
+def test_a_process_that_is_killed(settings: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory runs out, after the first sample."""
+    add = RunDirectory.add
+
+    def add_and_kill(*given: Any) -> None:
+        add(*given)
+        for process in active_children():
+            process.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "add", add_and_kill)
+        with pytest.raises(InputError, match=r"One of the 2 processes was killed.* Samples measured so far are kept"):
+            record(settings, tmp_path / "killed", 2)
+    assert 0 < len(read_samples(tmp_path / "killed" / "model")) < 3 * 7
+    assert record(settings, tmp_path / "killed", 2) == record(settings, tmp_path / "alone", 1)
 
 
 def test_jobs_that_cannot_be(settings: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from tersekv.spec import Spec, codec_class, codecs, option_text, parse, parse_co
 from tersekv.terminal import bytes_text
 
 PICTURE_WIDTH = 64
+PLACE = ("layer", "side")  # options of a codec that say where it is, which the spec and the store fill in
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
@@ -62,9 +63,10 @@ def _row(name: str, cls: type, options: dict[str, str]) -> dict[str, Any]:
 
 
 def _options(name: str) -> dict[str, str]:
-    """Each option and its default as a spec writes it; where the sides differ, both."""
+    """Each option that users choose, and its default as a spec writes it; where the sides differ, both."""
     k, v = parse_codec(name, "k"), parse_codec(name, "v")
-    texts = {f.name: (option_text(getattr(k, f.name)), option_text(getattr(v, f.name))) for f in fields(k)}
+    names = [f.name for f in fields(k) if f.name not in PLACE]
+    texts = {name: (option_text(getattr(k, name)), option_text(getattr(v, name))) for name in names}
     return {option: a if a == b else f"{a} for k, {b} for v" for option, (a, b) in texts.items()}
 
 

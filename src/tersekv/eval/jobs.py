@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,7 @@ def check_jobs(settings: RunFile, jobs: int) -> None:
 
 @contextmanager
 def measuring(settings: RunFile, model: str, subject: Subject, jobs: int) -> Iterator[Measure]:
+    """Raises InputError where a process is killed."""
     if jobs == 1:
         yield _Here(settings, subject)
         return
@@ -42,6 +44,11 @@ def measuring(settings: RunFile, model: str, subject: Subject, jobs: int) -> Ite
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (settings, model, threads)) as pool:
         try:
             yield _Elsewhere(pool)
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"One of the {jobs} processes was killed, most likely because memory ran out. Samples measured so far "
+                "are kept: run the command again with fewer --jobs, or fewer specs in the run file."
+            ) from error
         except BaseException:  # a key pressed or an error: what waits is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise

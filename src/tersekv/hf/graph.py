@@ -107,6 +107,8 @@ class GraphedForward:
 
     def _room(self) -> int | None:
         """As many tokens again as are held, up to what the host says, if half of the memory that is free holds them."""
+        if not self.length:
+            return None
         held, device = self.cache.get_seq_length(), self.model.device
         room = min(self.length, held + max(held, LEAST))
         free = torch.cuda.mem_get_info(device)[0]

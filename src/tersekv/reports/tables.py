@@ -76,9 +76,8 @@ def _fitting(row: dict[str, Any]) -> str:
 def models(records: list[Record]) -> Table:
     """Rows of one run on several models side by side: body bits, KL and top-1 of each; the first one's recipe."""
     heads = [f"{record['run']['model']}: {what}" for record in records for what in ("body", "KL (95 %)", "top-1")]
-    table = Table(
-        "spec", "nominal", *(Column(head, justify="right") for head in heads), "recipe", "kernels", "fitted in"
-    )
+    columns = (Column(head, justify="right") for head in ("nominal", *heads))
+    table = Table("spec", *columns, "recipe", "kernels")
     for rows in zip(*(record["rows"] for record in records), strict=True):
         first, (spec,) = rows[0], {_of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
         cells = [cell for row in rows for cell in _of_one(row)]
