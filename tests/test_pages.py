@@ -157,6 +157,21 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path, record: dict[str, A
             update(True, tmp_path)
 
 
+def test_a_published_row_means_the_file_of_each_model(tmp_path: Path, record: dict[str, Any]) -> None:
+    for folder in ("runs", "results", "docs"):
+        (tmp_path / folder).mkdir()
+    model = record["run"]["model"]
+    record["rows"][1]["spec"] = f"vq:books=codebooks/{model}.safetensors"
+    (tmp_path / "results/tiny.json").write_text(json.dumps(record))
+    (tmp_path / "runs/published.toml").write_text(
+        PAPER.replace("rotated:bits=3", "vq:books=codebooks/{model}.safetensors")
+    )
+    page = tmp_path / "docs/page.md"
+    page.write_text("<!-- generated: runs/published.toml#paper -->\n<!-- /generated -->\n")
+    update(False, tmp_path)
+    assert "codebooks/{model}.safetensors | - | 3.68 | 1.013 |" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [

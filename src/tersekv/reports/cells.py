@@ -10,3 +10,8 @@ def number_and_interval(x: dict[str, Any], name: str, form: str, times: float | 
     text = f"{times * x[name]:{form}}{unit}"
     found = x.get(f"{name}_interval")
     return text if not found else f"{text} ({times * found[0]:{form}} to {times * found[1]:{form}})"
+
+
+def of_any(spec: str, record: dict[str, Any]) -> str:
+    """A spec as its run file has it, where it names a file for each model."""
+    return spec.replace(record["run"]["model"], "{model}")

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from tersekv.errors import InputError, did_you_mean
 from tersekv.record import headline
-from tersekv.reports.cells import number_and_interval
+from tersekv.reports.cells import number_and_interval, of_any
 from tersekv.spec import parse
 
 PUBLISHED = "runs/published.toml"
@@ -37,15 +37,19 @@ def replication(root: Path, name: str) -> tuple[Table, str]:
 
 
 def _rows(path: Path) -> Rows:
-    """With what papers print and records do not: ratios to 16 bits, bits with everything counted, of perplexities."""
+    """With what papers print and records do not: ratios to 16 bits, bits with everything counted, of perplexities.
+
+    By spec, and where one names a file for each model, by the spec of any model as well.
+    """
     if not path.is_file():
         return {}
     found: Rows = {}
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for row in record["rows"]:
         more, x = {"body_ratio": 16 / row["body_bits"]}, headline(row)
         if x:
             more |= {"held_bits": 16 * x["held"] / x["dense16"], "perplexity_ratio": exp(x["loss_difference"])}
-        found[row["spec"]] = row | more
+        found[row["spec"]] = found[of_any(row["spec"], record)] = row | more
     return found
 
 
@@ -58,7 +62,7 @@ def _ours(column: dict[str, Any], row: dict[str, Any], records: dict[str, Rows])
     rows = records[column["record"]]
     if "spec" not in row or not rows:
         return "-"
-    spec = row["spec"] if row["spec"] in rows else str(parse(row["spec"]))
+    spec = row["spec"] if row["spec"] in rows or "{model}" in row["spec"] else str(parse(row["spec"]))
     if spec not in rows:
         raise InputError(f'{column["record"]} has no row "{spec}". {did_you_mean(spec, rows)}')
     *path, name = column["ours"].split(".")

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from tersekv.eval.metrics import COSINES, ERRORS
 from tersekv.record import headline
 from tersekv.reports.captions import caption
-from tersekv.reports.cells import number_and_interval
+from tersekv.reports.cells import number_and_interval, of_any
 from tersekv.reports.differences import against
 from tersekv.terminal import bytes_text
 
@@ -79,15 +79,10 @@ def models(records: list[Record]) -> Table:
     columns = (Column(head, justify="right") for head in ("nominal", *heads))
     table = Table("spec", *columns, "recipe", "kernels")
     for rows in zip(*(record["rows"] for record in records), strict=True):
-        first, (spec,) = rows[0], {_of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
+        first, (spec,) = rows[0], {of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
         cells = [cell for row in rows for cell in _of_one(row)]
         table.add_row(spec, f"{first['nominal_bits']:g}", *cells, first.get("recipe", "-"), _kernels(first))
     return table
-
-
-def _of_any(spec: str, record: Record) -> str:
-    """A spec as its run file has it, where it names a file for each model."""
-    return spec.replace(record["run"]["model"], "{model}")
 
 
 def _of_one(row: dict[str, Any]) -> tuple[str, str, str]:
