@@ -1,4 +1,4 @@
-// Codes as one byte each into the bits of a storage order, and back. See tersekv/layout.py for the orders.
+// Codes as one byte each into the bits of a storage order, and back. See tersekv/orders.py for the orders.
 //
 // The simd orders are packed from units of 512 bytes, eight fields of 64: for keys, byte p of field f is the code of
 // token 16 (f % 4) + p / 4 and channel 4 (f / 4) + p % 4; for values, of token 4 f + p % 4 and channel p / 4.

@@ -146,6 +146,17 @@ def test_a_damaged_line_is_refused_and_named(tmp_path: Path) -> None:
         RunDirectory.open(tmp_path, {"run": {"seed": 1}})
 
 
+def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
+    first, second = (RunDirectory.open(tmp_path, {"run": {}}) for _ in range(2))
+    first.add("logits", "0", {"dense": {"kl": 0.25}})
+    with pytest.raises(RecordError, match="another process"):
+        second.add("logits", "0", {"dense": {"kl": 0.25}})
+    first.add("logits", "1", {"dense": {"kl": 0.5}})
+    third = RunDirectory.open(tmp_path, {"run": {}})
+    third.add("logits", "2", {"dense": {"kl": 0.75}})
+    assert [item for _, item, _ in read_samples(tmp_path)] == ["0", "1", "2"]
+
+
 def test_windows_are_drawn_once_and_opened_as_the_tokenizer_does(settings: RunFile) -> None:
     from tersekv.eval.subject import Subject
 

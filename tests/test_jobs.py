@@ -17,9 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tersekv import InputError
 from tersekv.cli import main
+from tersekv.eval.jobs import measuring
 from tersekv.eval.run import run
 from tersekv.eval.runfile import RunFile, read_run
 from tersekv.eval.samples import SAMPLES, RunDirectory, read_samples
+from tersekv.eval.subject import Subject
+from tersekv.models import LoadedModel
 from tersekv.terminal import Stages
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
@@ -96,6 +99,15 @@ def test_a_process_that_is_killed(settings: RunFile, tmp_path: Path, monkeypatch
             record(settings, tmp_path / "killed", 2)
     assert 0 < len(read_samples(tmp_path / "killed" / "model")) < 3 * 7
     assert record(settings, tmp_path / "killed", 2) == record(settings, tmp_path / "alone", 1)
+
+
+def test_a_process_whose_gpu_is_full(settings: RunFile) -> None:
+    subject = Subject(LoadedModel(None, None, "model", "", ""), {}, 0)
+    with (
+        pytest.raises(InputError, match=r"One of the 2 processes ran out of GPU memory.* with fewer --jobs"),
+        measuring(settings, "model", subject, 2),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_jobs_that_cannot_be(settings: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,16 @@ def test_damaged_weights_name_the_folder(tiny, tmp_path):
         models.load(str(tmp_path))
 
 
+def test_a_model_that_does_not_fit_is_not_called_damaged(tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(ModelError, match="does not fit into the memory that is free on cpu") as caught:
+        models.load(str(tiny))
+    assert "delete the folder" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("option", "words"), [({"dtype": "float61"}, 'mean "float16"'), ({"device": "tpu9"}, "tersekv doctor")]
 )

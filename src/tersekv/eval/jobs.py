@@ -44,10 +44,13 @@ def measuring(settings: RunFile, model: str, subject: Subject, jobs: int) -> Ite
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (settings, model, threads)) as pool:
         try:
             yield _Elsewhere(pool)
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, torch.OutOfMemoryError) as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            gpu = isinstance(error, torch.OutOfMemoryError)
+            what = "ran out of GPU memory" if gpu else "was killed, most likely because memory ran out"
             raise InputError(
-                f"One of the {jobs} processes was killed, most likely because memory ran out. Samples measured so far "
-                "are kept: run the command again with fewer --jobs, or fewer specs in the run file."
+                f"One of the {jobs} processes {what}. Samples measured so far are kept: run the command again with "
+                "fewer --jobs, or fewer specs in the run file."
             ) from error
         except BaseException:  # a key pressed or an error: what waits is not begun
             pool.shutdown(wait=False, cancel_futures=True)

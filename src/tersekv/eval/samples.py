@@ -1,7 +1,8 @@
 """A run directory: a manifest that is there before the first sample, and one line for each sample.
 
 Every line carries its own checksum, so damage is noticed wherever it is. A kill can tear the last line: it has no line
-end yet, is cut off when the run goes on, and its sample is measured again.
+end yet, is cut off when the run goes on, and its sample is measured again. Of two processes with one directory the
+second to write stops before it does.
 """
 
 import json
@@ -25,6 +26,7 @@ class RunDirectory:
     folder: Path
     manifest: dict[str, Any]
     samples: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    size: int = 0  # bytes of the lines that this process knows
 
     @staticmethod
     def open(folder: Path, manifest: dict[str, Any]) -> "RunDirectory":
@@ -35,7 +37,8 @@ class RunDirectory:
         if path.is_file():
             former = read_manifest(folder)
             _check_same(former, manifest, folder)
-            return RunDirectory(folder, former, read_samples(folder))
+            samples = read_samples(folder)
+            return RunDirectory(folder, former, samples, _cut_torn_line(folder / SAMPLES))
         if (folder / SAMPLES).exists():
             raise RecordError(f"{folder} holds samples but no {MANIFEST}. Give another folder with --dir.")
         _write_whole(path, json.dumps(manifest, indent=1) + "\n")
@@ -45,13 +48,17 @@ class RunDirectory:
         return all((depth, item, spec) in self.samples for spec in specs)
 
     def add(self, depth: str, item: str, by_spec: dict[str, dict[str, Any]]) -> None:
-        """Append what is not there yet, and wait until it is on the disk."""
+        """Append what is not there yet, and wait until it is on the disk. Raises RecordError if others wrote there."""
         fresh = {(depth, item, spec): values for spec, values in by_spec.items()}
         fresh = {key: values for key, values in fresh.items() if key not in self.samples}
-        path = self.folder / SAMPLES
-        _cut_torn_line(path)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(line(key, values) for key, values in fresh.items())
+        with (self.folder / SAMPLES).open("ab") as file:
+            if file.tell() != self.size:
+                raise RecordError(
+                    f"{self.folder} is written to by another process as well, so this one stops; nothing is lost or "
+                    "there twice. Wait for the other, or stop it and run the command again."
+                )
+            file.writelines(line(key, values).encode() for key, values in fresh.items())
+            self.size = file.tell()
             file.flush()
             os.fsync(file.fileno())
         self.samples |= {key: json.loads(json.dumps(values)) for key, values in fresh.items()}
@@ -97,9 +104,13 @@ def read_samples(folder: Path) -> dict[Key, dict[str, Any]]:
     return found
 
 
-def _cut_torn_line(path: Path) -> None:
-    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
-        _write_whole(path, content[: content.rfind(b"\n") + 1].decode())
+def _cut_torn_line(path: Path) -> int:
+    """Bytes that are left."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        _write_whole(path, whole.decode())
+    return len(whole)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -106,7 +106,10 @@ class GraphedForward:
         return said
 
     def _room(self) -> int | None:
-        """As many tokens again as are held, up to what the host says, if half of the memory that is free holds them."""
+        """As many tokens again as are held, up to what the host says, if half of the memory that is free holds them.
+
+        None where the host says nothing: the cache then finds room by itself.
+        """
         if not self.length:
             return None
         held, device = self.cache.get_seq_length(), self.model.device

@@ -44,6 +44,11 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(located.folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(located.folder, dtype=number_type, trust_remote_code=False)
             torch.nn.Module.to(model, place)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name} in {number_type} does not fit into the memory that is free on {place}. Free some, or use a "
+            "smaller model, a 16-bit dtype or another device."
+        ) from error
     except LOADING_ERRORS as error:
         raise ModelError(_unloadable(located, error)) from error
     return LoadedModel(model.eval(), tokenizer, name, located.source, located.revision)

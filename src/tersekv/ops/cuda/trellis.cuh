@@ -1,5 +1,5 @@
 // From codes of a trellis to 8-bit levels: a window of a token's bits gives several successive channels at once. The order of
-// the bytes is `mma_trellis_v` of layout.py: a lane's tokens are the bytes of its vectors.
+// the bytes is `mma_trellis_v` of orders.py: a lane's tokens are the bytes of its vectors.
 #pragma once
 #include "unpack.cuh"
 

@@ -1,4 +1,4 @@
-// From stored codes to operands of matrix instructions. The order of the bits is `mma_k` and `mma_v` of layout.py.
+// From stored codes to operands of matrix instructions. The order of the bits is `mma_k` and `mma_v` of orders.py.
 #pragma once
 #include "ptx.cuh"
 
