@@ -27,7 +27,7 @@ using Pool8 = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Table32 = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Lengths64 = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Padding64 = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Signs = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Multipliers = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Values = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;
 using Written = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
 using Floats4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
@@ -69,12 +69,14 @@ struct HeldPart : Part {
   bool causal = false;
 };
 
-const float* signs_of(const std::optional<Signs>& signs, HeldPart& part) {
-  if (!signs) return nullptr;
-  require(int(signs->shape(0)) == part.d && part.d % 16 == 0, signs->shape(0), " signs at head_dim ", part.d,
-          ". A rotation needs one for each channel, and a multiple of 16 channels.");
-  part.arrays.emplace_back(*signs);
-  return signs->data();
+// Of a rotation: (1, d), or (rows, d) where each row (sequence x KV head) may have its own.
+const float* multipliers_of(const std::optional<Multipliers>& x, int64_t rows, HeldPart& part) {
+  if (!x) return nullptr;
+  require(int(x->shape(1)) == part.d && part.d % 16 == 0 && (x->shape(0) == 1 || int64_t(x->shape(0)) == rows),
+          "Multipliers (", x->shape(0), ", ", x->shape(1), ") at head_dim ", part.d, " and ", rows,
+          " rows. A rotation needs one for each channel, once or for each row, and a multiple of 16 channels.");
+  part.arrays.emplace_back(*x);
+  return x->data();
 }
 
 // The blocks that count must lie in pages that there are: kernels follow the table blindly.
@@ -88,7 +90,7 @@ void check_tokens(const Tokens& t, size_t row, int64_t blocks, int64_t pages) {
 }
 
 HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k, const Side& v,
-                     std::optional<Signs> k_signs, std::optional<Signs> v_signs) {
+                     std::optional<Multipliers> before, std::optional<Multipliers> after) {
   const int64_t pages = int64_t(pool.shape(0)), bytes = int64_t(pool.shape(1)), blocks = int64_t(table.shape(2));
   require(k.d == v.d, "Keys of head_dim ", k.d, ", values of ", v.d, ". Both must be the same.");
   require(k.start + k.bytes == v.start && v.start + v.bytes == bytes, "Pages of ", bytes,
@@ -109,7 +111,8 @@ HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k
     check_tokens(t, i, blocks, pages);
   }
   part->arrays.emplace_back(pool), part->arrays.emplace_back(table);
-  part->k_signs = signs_of(k_signs, *part), part->v_signs = signs_of(v_signs, *part);
+  part->before = multipliers_of(before, int64_t(part->rows.size()), *part), part->after = multipliers_of(after, 1, *part);
+  part->before_each_row = before && before->shape(0) > 1;
   return part.release();
 }
 
@@ -313,7 +316,7 @@ void bind_attention(nb::module_& m) {
         nb::rv_policy::take_ownership);
   nb::class_<HeldPart>(m, "Part");
   m.def("pages_part", &pages_part, "pool"_a.noconvert(), "table"_a.noconvert(), "lengths"_a.noconvert(), "k"_a, "v"_a,
-        "k_signs"_a.noconvert().none(), "v_signs"_a.noconvert().none(), nb::rv_policy::take_ownership);
+        "before"_a.noconvert().none(), "after"_a.noconvert().none(), nb::rv_policy::take_ownership);
   m.def("dense_part", &dense_part, "k"_a.noconvert(), "v"_a.noconvert(), "lengths"_a.noconvert(),
         "padding"_a.noconvert().none(), "causal"_a, nb::rv_policy::take_ownership);
   m.def("attend", &attend_parts, "q"_a.noconvert(), "parts"_a, "scale"_a, "exact"_a, "isa"_a, "threads"_a,

@@ -15,9 +15,9 @@ constexpr int64_t ROWS_EACH = 64;   // queries that a thread reads at once
 constexpr int64_t ALONE = 1 << 20;  // multiplications in 40 us; to wake another thread takes 11 (Zen 4)
 
 // Index of a rotation among the known ones, of which the first is none.
-size_t index_of(std::vector<const float*>& known, const float* signs) {
-  const size_t at = size_t(std::find(known.begin(), known.end(), signs) - known.begin());
-  if (at == known.size()) known.push_back(signs);
+size_t index_of(std::vector<const float*>& known, const float* multipliers) {
+  const size_t at = size_t(std::find(known.begin(), known.end(), multipliers) - known.begin());
+  if (at == known.size()) known.push_back(multipliers);
   return at;
 }
 
@@ -76,6 +76,7 @@ class Step {
   const int per_head_, tiles_;  // query rows of a KV head, and strips of up to ROWS of them
   int threads_;
   std::vector<const float*> in_ = {nullptr}, out_ = {nullptr};  // distinct rotations of keys and of values
+  std::vector<size_t> strides_ = {0};                           // of in_, from one row (sequence x KV head) to the next
   std::vector<Plan> plans_;
   std::unique_ptr<float[]> queries_;  // (in, b, hq, n, d)
   std::unique_ptr<float[]> partials_;
@@ -83,7 +84,8 @@ class Step {
   void add(const Part& part) {
     Plan plan;
     plan.attention = Attention{&part.k, &part.v, part.rows, nullptr, per_head_, r_.d, r_.n, r_.h, r_.scale, r_.exact};
-    plan.in = index_of(in_, part.k_signs), plan.out = index_of(out_, part.v_signs);
+    plan.in = index_of(in_, part.before), plan.out = index_of(out_, part.after);
+    if (plan.in == strides_.size()) strides_.push_back(part.before_each_row ? size_t(r_.d) : 0);
     plans_.push_back(std::move(plan));
   }
 
@@ -109,7 +111,8 @@ class Step {
         float* plain = queries_.get() + i * r_.d;
         rows_.load(r_.q.row(b, hq, t), r_.q.kind, r_.d, plain);
         for (size_t in = 1; in < in_.size(); in++)
-          rows_.rotate(plain, r_.d, in_[in], nullptr, plain + in * queries() * size_t(r_.d));
+          rows_.rotate(plain, r_.d, in_[in] + size_t(b * r_.h + hq / r_.g) * strides_[in], nullptr,
+                       plain + in * queries() * size_t(r_.d));
       });
     });
   }

@@ -12,7 +12,10 @@ namespace tersekv {
 struct Part {
   Side k, v;
   std::vector<Tokens> rows;                             // b * h
-  const float *k_signs = nullptr, *v_signs = nullptr;   // d of them: a Hadamard rotation leads to the codes' domain
+  // What a query's channels are multiplied by before a Hadamard rotation into the domain of keys' codes, and an output's
+  // after one that leads out of that of values: signs, of queries also factors, then (b * h, d) of them.
+  const float *before = nullptr, *after = nullptr;
+  bool before_each_row = false;
   int b = 0, h = 0, d = 0;
 };
 

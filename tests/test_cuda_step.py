@@ -58,6 +58,8 @@ def assert_same(one: Tiers, other: Tiers) -> None:
         ("rotated:bits=1", 64, 16, 16, torch.bfloat16),
         ("k=rotated:bits=2 v=trellis:bits=1", 128, 4, 1, torch.bfloat16),
         ("k=rotated:bits=3 v=trellis:bits=2", 64, 8, 7, torch.float16),
+        ("rotated:bits=3 policy=queryaware observe=100", 128, 4, 1, torch.bfloat16),
+        ("k=rotated:bits=4 v=trellis:bits=2 policy=queryaware observe=40", 64, 3, 2, torch.float16),
     ],
 )
 def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: torch.dtype, room: int | None) -> None:
@@ -65,10 +67,14 @@ def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: 
     parsed, b, h, padding = parse(spec), 3, 2, np.array([0, 70, 9])
     stores = [Store(parsed, b, h, d, dtype, CUDA, room) for _ in range(3)]
     chunks = [draw(b, h, g, 201, d, dtype), *(draw(b, h, g, n, d, dtype) for _ in range(150 // n))]
+    # Channels of keys and queries that want factors, each row others; powers of two, so that nothing rounds.
+    uneven = 2.0 ** torch.randint(-3, 4, (b, h, 1, d), device=CUDA).to(dtype)
     on = 0
     for number, (q, k, v) in enumerate(chunks):
+        if "queryaware" in spec:
+            q, k = q / uneven.repeat_interleave(g, 1), k * uneven
         pads = padding if number == 0 else None
-        stores[0].append(k, v, pads)
+        stores[0].append(k, v, pads, (q, d**-0.5))
         slow = stores[1].extend(q, k, v, pads, d**-0.5, "decoded").float()
         torch.full((2**22,), torch.nan, device=CUDA)
         fast = stores[2].extend(q, k, v, pads, d**-0.5).float()
@@ -77,6 +83,8 @@ def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: 
         on += isinstance(stores[2].state[1], DeviceTail)
     assert on >= 0.8 * len(chunks)
     assert_same(stores[0].tiers, stores[2].tiers)
+    factors = stores[2].tiers.packed["packed"].factors
+    assert factors is None or (factors != 1).float().mean() > 0.5
 
 
 def test_a_step_can_be_taken_back_until_its_block_is_packed() -> None:

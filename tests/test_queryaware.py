@@ -106,7 +106,8 @@ def test_any_chunking_gives_the_same_bytes(text: str, observe: int) -> None:
     for chunk in (133, 1):
         other = filled(spec, qkv, chunk)
         assert torch.equal(pages(whole), pages(other))
-        assert torch.equal(*(store.tiers.packed["packed"].tensors()["asked"] for store in (whole, other)))
+        for beside in ("asked", "factors"):
+            assert torch.equal(*(store.tiers.packed["packed"].tensors()[beside] for store in (whole, other)))
     assert whole.tiers.tensors()["counted"].tolist() == [[observe, observe]]
 
 
@@ -173,6 +174,7 @@ def test_in_a_model_decoded_saved_loaded_and_selected(llama: PreTrainedModel, tm
         for i in range(200, 300):
             forward(llama, cache, ids[:, i : i + 1])
         assert cache.report().planes()["packed", "asked"] == sum(2 * 2 * h * d * d for h, d in _heads(cache))
+        assert cache.report().planes()["packed", "factors"] == sum(2 * 4 * h * d for h, d in _heads(cache))
         tersekv.save(cache, tmp_path / "c", llama)
         again = tersekv.load(tmp_path / "c", llama)
         for one in (cache, again):

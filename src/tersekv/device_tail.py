@@ -18,6 +18,7 @@ from tersekv.accounting import storage_bytes
 from tersekv.dense_tier import DenseTier
 from tersekv.errors import CacheError, InputError
 from tersekv.ops import new_pool
+from tersekv.ops.balance import multiplied
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Policy
 from tersekv.policy.window import Window
@@ -61,7 +62,7 @@ class DeviceTail:
                 bad=torch.zeros(1, dtype=torch.int32, device=device),
                 arrived=torch.zeros(COUNTERS * b * h * group, dtype=torch.int32, device=device),
             )
-        self.signs = ops.step_signs(packed.k.rotation, packed.v.rotation, d, device)
+        self.multipliers = ops.multipliers(packed.k.rotation, packed.v.rotation, d, device, packed.factors)
 
     @staticmethod
     def refusal(tiers: Tiers, policy: Policy) -> str:
@@ -150,7 +151,7 @@ class DeviceTail:
         self, q: Float[Tensor, "b hq n d"], k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n d"], scale: float
     ) -> Float[Tensor, "b hq n d"]:
         """Write tokens that were claimed, and attend to all tokens, causally to the new ones."""
-        return ops.step_on_device(q, k, v, self.pages, self.dense, self.signs, scale)
+        return ops.step_on_device(q, k, v, self.pages, self.dense, self.multipliers, scale)
 
     def due(self) -> np.ndarray:
         """Rows (b, h) whose oldest block in the ring is to be packed."""
@@ -180,21 +181,21 @@ class DeviceTail:
         page = len(tier.pool) - self.more * rows + page * rows + np.arange(rows)
         slot = block % (self.dense.ring_k.shape[2] // self.block)
         alike = flat.all() and (slot == slot[0]).all() and (np.diff(page) == 1).all()
-        asked = None if tier.asked is None else tier.asked.flatten(0, 1)
-        for codec, ring, layout, at, known in (
-            (tier.k, self.dense.ring_k, tier.layouts[0], slice(None, split), asked),
-            (tier.v, self.dense.ring_v, tier.layouts[1], slice(split, None), None),
+        asked, factors = (None if x is None else x.flatten(0, 1) for x in (tier.asked, tier.factors))
+        for codec, ring, layout, at, known, by in (
+            (tier.k, self.dense.ring_k, tier.layouts[0], slice(None, split), asked, factors),
+            (tier.v, self.dense.ring_v, tier.layouts[1], slice(split, None), None, None),
         ):
             blocks = ring.view(rows, -1, self.block, d)
             if alike:  # as it is while all sequences have the same length: no copies of indices to the device
                 out = tier.pool[int(page[0]) : int(page[0]) + rows, at]
-                ops.encode(codec, blocks[:, int(slot[0])], layout, out, known)
+                ops.encode(codec, multiplied(blocks[:, int(slot[0])], by), layout, out, known)
                 continue
             some, slots, pages = (
                 torch.from_numpy(x).to(ring.device) for x in (flat.nonzero()[0], slot[flat], page[flat])
             )
-            known = None if known is None else known[some]
-            tier.pool[pages, at] = ops.encode(codec, blocks[some, slots], layout, asked=known).data
+            known, by = (None if x is None else x[some] for x in (known, by))
+            tier.pool[pages, at] = ops.encode(codec, multiplied(blocks[some, slots], by), layout, asked=known).data
 
     def settled(self, policy: Policy, count: int) -> Tiers:
         """Tiers of their own, of the first `count` tokens. Raises CacheError if these are not all held any more."""

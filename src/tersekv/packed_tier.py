@@ -24,6 +24,7 @@ from tersekv.ops import (
     pages_part,
     repack,
 )
+from tersekv.ops.balance import multiplied
 from tersekv.packed import Packed
 from tersekv.ragged import Lengths, gather, join, take
 
@@ -47,7 +48,9 @@ class PackedTier:
     starts: Tensor  # int32 (b, h, blocks): position of a block's first token; its tokens are consecutive
     lengths: Lengths
     whole: bool = True  # every page has a row that refers to it
-    # (b, h, d, d): second moments of folded queries, for which keys are encoded from now on
+    # (b, h, d): keys are multiplied by them before they are encoded, queries divided; see `ops.balance`
+    factors: Tensor | None = None
+    # (b, h, d, d): what keys are encoded for from now on, made of second moments of queries, or until then their sums
     asked: Tensor | None = None
 
     @staticmethod
@@ -68,8 +71,11 @@ class PackedTier:
         return self.layouts[0].block
 
     def tensors(self) -> dict[str, Tensor]:
-        asked = {} if self.asked is None else {"asked": self.asked}
-        return {"pool": self.pool, "table": self.table, "starts": self.starts} | asked
+        return {"pool": self.pool, "table": self.table, "starts": self.starts} | self._beside()
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What is known of each row beside its tokens."""
+        return {name: x for name in ("factors", "asked") if (x := getattr(self, name)) is not None}
 
     def append(self, tokens: DenseTier, asked: Tensor | None = None) -> "PackedTier":
         """Encode whole blocks and add their pages. Each row of `tokens` holds a multiple of the block.
@@ -113,7 +119,8 @@ class PackedTier:
         pages = pool[old:, :split], pool[old:, split:]
         if asked is None and self.asked is not None:
             asked = self.asked[:, :, None]
-        sides = zip((self.k, self.v), (tokens.k, tokens.v), self.layouts, pages, (asked, None), strict=True)
+        keys = multiplied(tokens.k, self.factors)
+        sides = zip((self.k, self.v), (keys, tokens.v), self.layouts, pages, (asked, None), strict=True)
         for codec, x, layout, out, known in sides:
             blocks, places = x.unflatten(2, (-1, self.block)), starts
             if codec.fitted is not None and count != filled.numel():  # which needs every head to know which is which
@@ -144,9 +151,11 @@ class PackedTier:
     def select(self, rows: Int[Tensor, "rows"]) -> "PackedTier":
         """Sequences may repeat: their pages are shared, not copied."""
         table, starts = self.table.index_select(0, rows), self.starts.index_select(0, rows)
-        asked = None if self.asked is None else self.asked.index_select(0, rows)
+        beside = {
+            name: x.index_select(0, rows) for name in ("factors", "asked") if (x := getattr(self, name)) is not None
+        }
         lengths = self.lengths[rows.cpu().numpy()]
-        return replace(self, table=table, starts=starts, lengths=lengths, whole=False, asked=asked)
+        return replace(self, table=table, starts=starts, lengths=lengths, whole=False, **beside)
 
     def tokens_below(self, length: Int[np.ndarray, "b 1"]) -> Lengths:
         """How many tokens of each row lie in blocks that end at or before position `length`."""
@@ -196,11 +205,17 @@ class PackedTier:
         """As of a dense tier; None also where a codec folds queries in a way that only its own methods know."""
         if not (self.k.folds_by_rotation and self.v.folds_by_rotation):
             return None
-        return pages_part(self.pages, self.k.rotation, self.v.rotation)
+        return pages_part(self.pages, self.k.rotation, self.v.rotation, self.factors)
 
     def attend(self, q: Float[Tensor, "b hq n d"], scale: float, exact: bool = False) -> Partial:
-        out, lse = attend_pages(self.k.fold_query(q.float()), self.pages, scale, exact)
+        out, lse = attend_pages(self.folded(q), self.pages, scale, exact)
         return self.v.unfold_output(out), lse
+
+    def folded(self, q: Float[Tensor, "b hq n d"]) -> Float[Tensor, "b hq n folded"]:
+        """Queries in the domain of the keys' codes."""
+        if self.factors is not None:
+            q = q / self.factors.repeat_interleave(q.shape[1] // self.factors.shape[1], 1)[:, :, None]
+        return self.k.fold_query(q.float())
 
     def linear_pool(self) -> Tensor:
         """The pages with their codes in the linear order, as files hold them."""
@@ -222,6 +237,8 @@ class PackedTier:
         k_layout, v_layout = self.layouts
         data = self.pool[self.table.clamp(min=0).long()]
         k = self.k.decode(Packed(k_layout, data[..., : k_layout.nbytes])).flatten(2, 3)
+        if self.factors is not None:
+            k = k / self.factors[:, :, None]
         v = self.v.decode(Packed(v_layout, data[..., k_layout.nbytes :])).flatten(2, 3)
         offsets = torch.arange(self.block, dtype=torch.int32, device=self.pool.device)
         positions = (self.starts[..., None] + offsets).flatten(2, 3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.layout import BLOCK, Layout
@@ -34,6 +34,7 @@ __all__ = [
     "implementation",
     "implementation_of",
     "merge",
+    "multipliers",
     "new_pool",
     "ordered",
     "page_layouts",
@@ -45,7 +46,6 @@ __all__ = [
     "rotate",
     "step",
     "step_on_device",
-    "step_signs",
     "tail",
     "unrotate",
 ]
@@ -69,21 +69,32 @@ def dense_part(k: Tensor, v: Tensor, lengths: Int[np.ndarray, "b h"]) -> Any:
     return native.dense_part(k, v, lengths) if fits else None
 
 
-def pages_part(pages: Pages, k_rotation: int | None, v_rotation: int | None) -> Any:
-    """Pages as `step` takes them, with the seeds of the rotations into the domain of their codes; or None."""
+def pages_part(
+    pages: Pages, k_rotation: int | None, v_rotation: int | None, factors: Float[Tensor, "b h d"] | None = None
+) -> Any:
+    """Pages as `step` takes them, with the way into the domain of their codes: see `multipliers`. None if it cannot."""
     d = pages.k_layout.d
-    seeds = [seed for seed in (k_rotation, v_rotation) if seed is not None]
-    if not native.reads(pages) or (seeds and d % 16):
+    rotated = k_rotation is not None or v_rotation is not None
+    if not native.reads(pages) or (rotated and d % 16) or (factors is not None and k_rotation is None):
         return None
-    signs = [None if seed is None else rotation_signs(d, seed, pages.pool.device) for seed in (k_rotation, v_rotation)]
-    return native.pages_part(pages, *signs)
+    return native.pages_part(pages, *multipliers(k_rotation, v_rotation, d, pages.pool.device, factors))
 
 
-def step_signs(
-    k_rotation: int | None, v_rotation: int | None, d: int, device: torch.device
+def multipliers(
+    k_rotation: int | None,
+    v_rotation: int | None,
+    d: int,
+    device: torch.device,
+    factors: Float[Tensor, "b h d"] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The signs of the rotations into the domains of keys and values, as `step_on_device` takes them."""
-    k, v = (None if seed is None else rotation_signs(d, seed, device) for seed in (k_rotation, v_rotation))
+    """What a query is multiplied by before its Hadamard rotation, and an output after it: the rotations' signs.
+
+    None where there is none, (1, d) where all rows have the same, (b * h, d) where `factors` divide queries, too.
+    """
+    k, v = (None if seed is None else rotation_signs(d, seed, device)[None] for seed in (k_rotation, v_rotation))
+    if factors is not None:
+        assert k is not None  # who balances keys with queries has them rotated
+        k = (k / factors).flatten(0, 1)
     return k, v
 
 

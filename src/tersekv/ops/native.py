@@ -153,13 +153,13 @@ def _call(kernel: Any, arrays: dict[str, Any], *options: Any) -> Any:
         raise InputError(f"The native kernels cannot take {what}. {TAKEN}") from None
 
 
-def pages_part(pages: Pages, k_signs: Tensor | None = None, v_signs: Tensor | None = None) -> Any:
-    """Pages as kernels take them, made once for many queries; the signs are of rotations that kernels then do."""
+def pages_part(pages: Pages, before: Tensor | None = None, after: Tensor | None = None) -> Any:
+    """Pages as kernels take them, made once for many queries. `before` and `after`: see `ops.multipliers`."""
     arrays = {name: getattr(pages, name).contiguous() for name in ("pool", "table", "lengths")}
     k = _side(pages.k_layout, pages.k_recipe, 0)
     v = _side(pages.v_layout, pages.v_recipe, pages.k_layout.nbytes)
-    signs = [None if x is None else array(x) for x in (k_signs, v_signs)]
-    return _call(_native.pages_part, arrays, k, v, *signs)
+    multipliers = [None if x is None else array(x) for x in (before, after)]
+    return _call(_native.pages_part, arrays, k, v, *multipliers)
 
 
 def dense_part(k: Tensor, v: Tensor, lengths: Any, padding: Any = None, causal: bool = False) -> Any:

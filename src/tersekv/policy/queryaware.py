@@ -1,8 +1,10 @@
 """`queryaware`: as `window`, but keys are encoded for the queries that read them; the pages are read as always.
 
 A key's code may be wrong where no query looks. Each KV head sums q' q over the queries of the first `observe` tokens,
-and the keys of a block are encoded with what was summed when it left the recent window: see `ops.feedback`. Decoding,
-kernels and page bytes do not change. Only the first `observe` tokens must come with their queries.
+and the keys of a block are encoded with what was summed when it left the recent window: see `ops.feedback`. Before that
+keys are balanced with queries: when the first block of a row is due, each channel gets a factor for good, by which the
+packed tier multiplies keys and divides queries: see `ops.balance`. Decoding, kernels and page bytes do not change. Only
+the first `observe` tokens must come with their queries.
 
 Differs from GPTQ (arXiv 2210.17323) and SQuat (arXiv 2503.24358): channels of a rotated key without its block mean; the
 token scale is unbiased in the metric of the queries; queries as they come, no calibration. docs/methods/queryaware.md.
@@ -20,6 +22,7 @@ from tersekv.codec import Codec
 from tersekv.dense_tier import DenseTier
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK
+from tersekv.ops.balance import balanced
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Asked
 from tersekv.policy.window import Window
@@ -36,12 +39,14 @@ class QueryTiers(Tiers):
     """The window's tiers. The sums are with the packed tier, which encodes for them."""
 
     counted: Tensor  # int64 (b, h), on the host: tokens whose queries were summed
+    balanced: Tensor  # bool (b, h), on the host: whether the row has its factors
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"counted": self.counted}
+        return {"counted": self.counted, "balanced": self.balanced}
 
     def select(self, rows: Int[Tensor, "rows"]) -> "QueryTiers":
-        return replace(query_tiers(super().select(rows)), counted=self.counted.index_select(0, rows.cpu()))
+        mine = {name: x.index_select(0, rows.cpu()) for name, x in self.tensors().items()}
+        return replace(query_tiers(super().select(rows)), **mine)
 
 
 def query_tiers(tiers: Tiers) -> QueryTiers:
@@ -50,10 +55,10 @@ def query_tiers(tiers: Tiers) -> QueryTiers:
 
 
 def _sums(tiers: QueryTiers) -> Float[Tensor, "b h d d"]:
-    """Sums of q' q in fp64, in units of the grid squared; once all are counted what `Codec.asked` makes of them."""
-    asked = tiers.packed["packed"].asked
-    assert asked is not None  # the policy made it
-    return asked
+    """Sums of q' q in fp64, in units of the grid squared."""
+    sums = tiers.packed["packed"].asked
+    assert sums is not None  # the policy made it
+    return sums
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,14 @@ class QueryAware(Window):
             raise SpecError(f"policy=queryaware: keys need a codec such as rotated or trellis, not {type(k).__name__}.")
         b, h, _, d = empty.k.shape
         none = torch.zeros(b, h, d, d, dtype=torch.float64, device=empty.k.device)
-        packed = replace(PackedTier.empty(k, v, empty), asked=none)
+        packed = replace(PackedTier.empty(k, v, empty), asked=none, factors=torch.ones(b, h, d, device=empty.k.device))
         dense, counted = {"sink": empty, "recent": empty}, torch.zeros(b, h, dtype=torch.int64)
-        return QueryTiers(dense, {"packed": packed}, Evicted.none(empty.lengths), counted)
+        return QueryTiers(dense, {"packed": packed}, Evicted.none(empty.lengths), counted, counted.bool())
 
     def asking(self, tiers: Tiers) -> bool:
-        return bool((query_tiers(tiers).counted < self.observe).any())
+        """Until queries were summed, and every row has its factors."""
+        mine = query_tiers(tiers)
+        return bool(((mine.counted < self.observe) | ~mine.balanced).any())
 
     def place(self, tiers: Tiers, fresh: DenseTier, asked: Asked | None = None) -> Tiers:
         """As the window's. A block is encoded for what was asked up to the token that made it due."""
@@ -95,26 +102,29 @@ class QueryAware(Window):
 
         A host that shows no queries has none summed: blocks are then encoded as `window` does it.
         """
-        queries, recent = self._folded(tiers.packed["packed"].k, fresh, asked), tiers.dense["recent"].lengths
-        summed, taken = np.zeros_like(recent), np.zeros_like(recent)
-        codec, known = tiers.packed["packed"].k, list[Tensor]()
+        queries, recent = self._queries(fresh, asked), tiers.dense["recent"].lengths
+        summed, taken, known = np.zeros_like(recent), np.zeros_like(recent), list[Tensor]()
         while self.asking(tiers):
             later = recent - taken - (self.recent + BLOCK)  # tokens that came after the next block was due
             due = later >= 0
             until = np.where(due, np.maximum(fresh.lengths - later, summed), summed if due.any() else fresh.lengths)
-            tiers, summed, taken = self._summed(tiers, queries, summed, until), until, taken + due * BLOCK
+            tiers, summed = self._summed(tiers, queries, summed, until), until
             if not due.any():
                 break
-            known.append(codec.asked(_sums(tiers)) if self.asking(tiers) else _sums(tiers))
-        return self._packed(tiers, taken, torch.stack(known, 2)) if known else tiers
+            tiers, taken = self._balanced(tiers, due, taken), taken + due * BLOCK
+            known.append(self._asked(tiers))
+        tiers = self._packed(tiers, taken, torch.stack(known, 2)) if known else tiers
+        if self.asking(tiers):
+            return tiers
+        return replace(tiers, packed={"packed": replace(tiers.packed["packed"], asked=self._asked(tiers))})
 
-    def _folded(self, k: Codec, fresh: DenseTier, asked: Asked | None) -> Float[Tensor, "b h seen g d"]:
-        """The queries of each row's tokens, as attention to its pages uses them, in units of the grid."""
+    def _queries(self, fresh: DenseTier, asked: Asked | None) -> Float[Tensor, "b h seen g d"]:
+        """The queries of each row's tokens, in units of the grid."""
         if asked is None:
             return fresh.k[..., None, :].double() * 0
         own = asked[0].unflatten(1, (fresh.k.shape[1], -1)).transpose(2, 3)
         own = take(own, own.shape[2] - fresh.lengths, np.minimum(fresh.lengths, self.observe))
-        return (k.fold_query(own.float()).nan_to_num().clamp(-LIMIT, LIMIT) / GRID).round().double()
+        return (own.float().nan_to_num().clamp(-LIMIT, LIMIT) / GRID).round().double()
 
     def _summed(self, tiers: QueryTiers, queries: Tensor, start: Lengths, stop: Lengths) -> QueryTiers:
         """With the queries of fresh tokens start..stop, as far as `observe` allows."""
@@ -125,10 +135,29 @@ class QueryAware(Window):
         mine = take(queries, start, count)
         outside = torch.from_numpy(np.arange(mine.shape[2]) >= count[..., None]).to(mine.device)
         mine = mine.masked_fill(outside[..., None, None], 0).flatten(2, 3)
-        sums, packed = _sums(tiers) + mine.mT @ mine, tiers.packed["packed"]
-        done = replace(tiers, counted=torch.from_numpy(counted + count))
-        asked = sums if self.asking(done) else packed.k.asked(sums)
-        return replace(done, packed={"packed": replace(packed, asked=asked)})
+        packed = replace(tiers.packed["packed"], asked=_sums(tiers) + mine.mT @ mine)
+        return replace(tiers, counted=torch.from_numpy(counted + count), packed={"packed": packed})
+
+    def _balanced(self, tiers: QueryTiers, due: np.ndarray, taken: Lengths) -> QueryTiers:
+        """With factors of the rows whose first block is due, from the keys that came up to now."""
+        first = due & ~tiers.balanced.numpy()
+        if not first.any():
+            return tiers
+        whole = (self.recent + BLOCK) // BLOCK * BLOCK
+        keys = tiers.dense["recent"].take(taken, np.where(first, whole, 0)).k.unflatten(2, (-1, BLOCK))
+        packed = tiers.packed["packed"]
+        factors = balanced(_sums(tiers).diagonal(dim1=-2, dim2=-1), keys)
+        assert packed.factors is not None  # the policy made them
+        chosen = torch.from_numpy(first).to(keys.device)[..., None]
+        packed = replace(packed, factors=torch.where(chosen, factors, packed.factors))
+        return replace(tiers, balanced=tiers.balanced | torch.from_numpy(first), packed={"packed": packed})
+
+    def _asked(self, tiers: QueryTiers) -> Float[Tensor, "b h d d"]:
+        """What encoders need of the sums: of queries as attention to the pages uses them."""
+        packed = tiers.packed["packed"]
+        assert packed.factors is not None  # the policy made them
+        sums = (_sums(tiers) / (packed.factors[..., None] * packed.factors[..., None, :])).float()
+        return packed.k.asked(packed.k.fold_query(packed.k.fold_query(sums).mT).double())
 
     def _packed(self, tiers: QueryTiers, due: Lengths, asked: Tensor | None = None) -> QueryTiers:
         recent, packed = tiers.dense["recent"], tiers.packed["packed"]
@@ -137,4 +166,4 @@ class QueryAware(Window):
         return replace(tiers, dense=tiers.dense | {"recent": recent}, packed={"packed": packed})
 
     def beside(self, d: int) -> int:
-        return 2 * d * d
+        return 2 * d * d + 4 * d

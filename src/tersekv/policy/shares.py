@@ -40,7 +40,7 @@ def block_lses(tier: PackedTier, asked: Observed) -> Float[Tensor, "b h g m bloc
     """Log-sum-exp over each packed block: attention to one block at a time, each as a sequence of its own."""
     q, scale, _ = asked
     b, h, g, m, _ = q.shape
-    blocks, folded = tier.table.shape[2], tier.k.fold_query(q.flatten(1, 2))
+    blocks, folded = tier.table.shape[2], tier.folded(q.flatten(1, 2))
     parts = [torch.empty(b, h, g, m, 0, device=q.device)]
     for first in range(0, blocks, BLOCKS):
         table = tier.table[..., first : first + BLOCKS].transpose(1, 2)

@@ -12,7 +12,7 @@ struct Arguments {
   const i64* packed;          // (b h): tokens in pages; the ring holds those from there on
   const int* next;            // (b h): up to here
   const float *part, *part_lse;  // attention to pages (b, hq, n, D), in the values' domain
-  const float* signs;            // of that domain's rotation
+  const float* after;            // of that domain's rotation
   u8* out;                       // (b, n, hq, D)
   i64 q_strides[3];              // bytes between sequences, heads, tokens
   int heads, group, n, sink_slots, slots;
@@ -144,7 +144,7 @@ INLINE void join(const Arguments& a, const Shared& s, int row, int index, int r)
   if constexpr (ROTATED) {
     hadamard(x);
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) x[i] *= SIZE_ROOT * a.signs[first + i];
+    for (int i = 0; i < COUNT; i++) x[i] *= SIZE_ROOT * a.after[first + i];
   }
   const float lse = a.part_lse[at] * 1.4426950408889634f;
   float top = lse;

@@ -24,9 +24,9 @@ class Storing(Structure):
     """The arguments of `store.cu`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "signs", "folded", "ring_k", "ring_v", "next", "bad")),
+        *((name, c_void_p) for name in ("q", "k", "v", "before", "folded", "ring_k", "ring_v", "next", "bad")),
         *((name, c_longlong * 3) for name in ("q_strides", "k_strides", "v_strides")),
-        *((name, c_int) for name in ("heads", "group", "n", "slots")),
+        *((name, c_int) for name in ("heads", "group", "n", "slots", "each_row")),
     )
 
 
@@ -35,7 +35,7 @@ class Finishing(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("q", "sink_k", "sink_v", "sinks", "ring_k", "ring_v", "packed", "next")),
-        *((name, c_void_p) for name in ("part", "part_lse", "signs", "out")),
+        *((name, c_void_p) for name in ("part", "part_lse", "after", "out")),
         ("q_strides", c_longlong * 3),
         *((name, c_int) for name in ("heads", "group", "n", "sink_slots", "slots")),
         ("scale", c_float),
@@ -72,12 +72,12 @@ def step(
     v: Float[Tensor, "b h n d"],
     pages: Pages,
     dense: StepTokens,
-    signs: tuple[Tensor | None, Tensor | None],
+    multipliers: tuple[Tensor | None, Tensor | None],
     scale: float,
 ) -> Float[Tensor, "b hq n d"]:
     """Stores new tokens in the ring, and attends to all of them, causally to the new ones. No host sync.
 
-    `signs`: of the rotations of keys and values. The output lies in memory as (b, n, hq, d). Each launch begins while
+    `multipliers`: see `ops.multipliers`. The output lies in memory as (b, n, hq, d). Each launch begins while
     the one before it ends, where the GPU can do that.
     """
     b, hq, n, d = q.shape
@@ -85,16 +85,18 @@ def step(
     group, device = hq // h, q.device.index
     q, k, v = (x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.contiguous() for x in (q, k, v))
     folded = torch.empty(b, hq, n, d, dtype=torch.float32, device=q.device)
-    first = kernel(storing_text(d, KINDS[q.dtype], signs[0] is not None), "store", device, 0, EXACT)
-    pointers = (q, k, v, signs[0], folded, dense.ring_k, dense.ring_v, dense.next, dense.bad)
-    first((b * h, 1, 1), 256, Storing(*map(_at, pointers), *map(_strides, (q, k, v)), h, group, n, slots))
+    before, after = multipliers
+    first = kernel(storing_text(d, KINDS[q.dtype], before is not None), "store", device, 0, EXACT)
+    each_row = 0 if before is None or len(before) == 1 else d
+    pointers = (q, k, v, before, folded, dense.ring_k, dense.ring_v, dense.next, dense.bad)
+    first((b * h, 1, 1), 256, Storing(*map(_at, pointers), *map(_strides, (q, k, v)), h, group, n, slots, each_row))
     part, lse = attend_pages(folded, pages, scale, dense.arrived, overlap=True)
     out = torch.empty(b, n, hq, d, dtype=q.dtype, device=q.device)
     rows = next((count for count in ROWS if count >= group * n), ROWS[-1])
-    last = kernel(finishing_text(d, KINDS[q.dtype], rows, signs[1] is not None), "finish", device)
+    last = kernel(finishing_text(d, KINDS[q.dtype], rows, after is not None), "finish", device)
     pointers = (q, dense.sink_k, dense.sink_v, dense.sinks, dense.ring_k, dense.ring_v, pages.lengths, dense.next)
     arguments = Finishing(
-        *map(_at, (*pointers, part, lse, signs[1], out)),
+        *map(_at, (*pointers, part, lse, after, out)),
         _strides(q), h, group, n, dense.sink_k.shape[2], slots, scale * LOG2E,
     )  # fmt: skip
     last((-(-group * n // rows), b * h, 1), 256, arguments, overlap=True)

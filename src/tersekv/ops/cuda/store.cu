@@ -5,23 +5,24 @@
 
 struct Arguments {
   const u8 *q, *k, *v;  // (b, hq, n, D), (b, h, n, D), (b, h, n, D)
-  const float* signs;   // of the rotation
+  const float* before;  // (1 or b h, D): what channels of queries are multiplied by before the rotation
   float* folded;        // (b, hq, n, D)
   u8 *ring_k, *ring_v;  // (b h, slots, D)
   int *next, *bad;      // (b h): the number of the next token; 1 once a token was not finite
   i64 q_strides[3], k_strides[3], v_strides[3];  // bytes between sequences, heads, tokens
   int heads, group, n, slots;                    // KV heads, query heads of each, new tokens, tokens of a ring
+  int each_row;                                  // 0 or D: from one row of `before` to the next
 };
 
 constexpr int COUNT = D / 32, SIZE = KIND == FP32 ? 4 : 2;
 
-INLINE void fold(const u8* from, const float* signs, float* to) {
+INLINE void fold(const u8* from, const float* before, float* to) {
   const int first = threadIdx.x % 32 * COUNT;
   float x[COUNT];
   load_row<KIND>(from, first, x);
   if constexpr (ROTATED) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) x[i] *= signs[first + i];
+    for (int i = 0; i < COUNT; i++) x[i] *= before[first + i];
     hadamard(x);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) x[i] *= SIZE_ROOT;
@@ -53,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(256) store(const Arguments a) {
     if (i < queries) {
       const int query = head * a.group + i / a.n;
       const u8* from = a.q + sequence * a.q_strides[0] + query * a.q_strides[1] + i % a.n * a.q_strides[2];
-      fold(from, a.signs, a.folded + (i64(row) * queries + i) * D);
+      fold(from, a.before + row * a.each_row, a.folded + (i64(row) * queries + i) * D);
     } else {
       const int token = (i - queries) / 2;
       const bool keys = (i - queries) % 2 == 0;
