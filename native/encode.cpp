@@ -69,13 +69,20 @@ void repack(const Repacking& how, const std::vector<const uint8_t*>& blocks, con
   });
 }
 
+void steer(const Encoder& e, const std::vector<Input>& blocks, const std::vector<const float*>& passed,
+           const std::vector<uint8_t*>& out, const EncodeKernels& kernels, int threads) {
+  run(int64_t(blocks.size()), 1, threads,  // a decoding step has one block for each head
+      [&](int64_t i) { kernels.steer(e, blocks[i], passed[i], scratch(), out[i]); });
+}
+
 void rotate(const float* x, int64_t rows, int d, const float* before, const float* after, float* y,
             const EncodeKernels& kernels, int threads) {
   run(rows, ROWS_EACH, threads, [&](int64_t i) { kernels.rotate(x + i * d, d, before, after, y + i * d); });
 }
 
 void set_bins(Encoder& e) {
-  const int count = (1 << (e.bits - 1)) - 1, bins = e.bits == 4 ? 16 : 256;
+  const int count = int(std::find(e.thresholds, e.thresholds + 256, INFINITY) - e.thresholds);
+  const int bins = e.bits == 4 ? 16 : 256;
   std::fill(e.below, e.below + 256, count);
   e.bins_per_unit = count ? float(bins - 1) / e.thresholds[count - 1] : 1;
   int in[256] = {};

@@ -70,6 +70,9 @@ struct alignas(64) EncodeScratch {
 struct EncodeKernels {
   void (*encode)(const Encoder&, const Input&, EncodeScratch&, uint8_t* out);
   void (*repack)(int bits, int d, Order from, Order to, const uint8_t* codes, EncodeScratch&, uint8_t* out);
+  // Codes of a block of fp32, a byte each, by the table of the encoder; `passed`: row i is what an error of channel i
+  // changes in those behind it.
+  void (*steer)(const Encoder&, const Input&, const float* passed, EncodeScratch&, uint8_t* codes);
   // One row: y = H (x * before) * after, H orthonormal; either factor may be null.
   void (*rotate)(const float* x, int d, const float* before, const float* after, float* y);
   // Rows in fp32, fp16 or bf16 as floats, and back.
@@ -90,10 +93,13 @@ struct Repacking {
 void repack(const Repacking& how, const std::vector<const uint8_t*>& blocks, const std::vector<uint8_t*>& out,
             const EncodeKernels& kernels, int threads);
 
+void steer(const Encoder& encoder, const std::vector<Input>& blocks, const std::vector<const float*>& passed,
+           const std::vector<uint8_t*>& out, const EncodeKernels& kernels, int threads);
+
 void rotate(const float* x, int64_t rows, int d, const float* before, const float* after, float* y,
             const EncodeKernels& kernels, int threads);
 
-// Derived tables. False if more than `most` thresholds share a bin.
+// Derived tables.
 void set_bins(Encoder& encoder);
 void set_log8(Log8& log8, const std::vector<float>& edges, float floor);
 

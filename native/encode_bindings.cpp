@@ -48,9 +48,13 @@ void check_order(Order order, int d, int bits) {
           " bits: the trellis orders take multiples of 32, 1 to 4 bits.");
 }
 
-void check_codes(int d, int bits, int codes, int nbytes) {
+void check_head_dim(int d) {
   require(d >= 16 && d <= MAX_HEAD_DIM && d % 16 == 0, "head_dim ", d, ": the encoders take multiples of 16 up to ",
           MAX_HEAD_DIM, ". Use codec.encode.");
+}
+
+void check_codes(int d, int bits, int codes, int nbytes) {
+  check_head_dim(d);
   require(bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8, "Codes of ", bits,
           " bits: the encoders pack 1, 2, 3, 4 and 8. Use codec.encode.");
   require(codes >= 0 && codes + d * BLOCK / 8 * bits <= nbytes, "The codes do not fit the block.");
@@ -98,20 +102,27 @@ void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>
   set_log8(e.log8, log8_edges, log8_floor);
 }
 
+// `first`: where the table begins among the entries.
+void set_table(Encoder& e, const std::vector<float>& thresholds, const std::vector<float>& centroids, size_t first) {
+  const size_t half = size_t(1) << (e.bits - 1);
+  require(thresholds.size() == half - 1 && centroids.size() == 2 * half, "The table needs an entry for each code.");
+  const auto usable = [](float x) { return x > 1e-30f && x < INFINITY; };  // so that bins can be counted
+  require(std::is_sorted(thresholds.begin(), thresholds.end()) &&
+              std::all_of(thresholds.begin(), thresholds.end(), usable),
+          "Thresholds must be positive and ascend.");
+  std::fill(e.thresholds, e.thresholds + 256, INFINITY);
+  std::copy(thresholds.begin(), thresholds.end(), e.thresholds);
+  std::fill(e.centroids, e.centroids + 256, 0.f);
+  std::copy(centroids.begin(), centroids.end(), e.centroids + first);
+  set_bins(e);
+}
+
 Encoder* table_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes, const std::vector<float>& thresholds,
                        const std::vector<float>& centroids, bool unbiased, float factor,
                        const std::vector<float>& signs, const std::vector<float>& log8_edges, float log8_floor) {
   Encoder e = base(Method::table, codes, planes);
-  const size_t half = size_t(1) << (e.bits - 1);
-  require(thresholds.size() == half - 1 && centroids.size() == 2 * half, "The table needs an entry for each code.");
-  require(std::is_sorted(thresholds.begin(), thresholds.end()) && (half == 1 || thresholds[0] > 0),
-          "Thresholds must be positive and ascend.");
   set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
-  std::fill(e.thresholds, e.thresholds + 256, INFINITY);
-  std::copy(thresholds.begin(), thresholds.end(), e.thresholds);
-  std::fill(e.centroids, e.centroids + 256, 0.f);
-  std::copy(centroids.begin(), centroids.end(), e.centroids);
-  set_bins(e);
+  set_table(e, thresholds, centroids, 0);
   return new Encoder(e);
 }
 
@@ -227,6 +238,40 @@ void repack_blocks(Blocks blocks, const Codes& codes, const std::string& order, 
   repack(how, sources, pages, kernels, threads);
 }
 
+// Codes of each block by the table, its errors passed on by the matrix that has the same place among the leading dims.
+void steer_blocks(Values z, Values passed, const std::vector<float>& thresholds, const std::vector<float>& centroids,
+                  Pages out, const std::string& isa, int threads) {
+  require(z.ndim() >= 2 && passed.ndim() == z.ndim() && out.ndim() == z.ndim(),
+          "Values, matrices and codes need as many dims.");
+  const size_t tokens = z.ndim() - 2, channels = z.ndim() - 1;
+  const int d = int(z.shape(channels));
+  check_head_dim(d);
+  require(z.shape(tokens) == BLOCK, "Blocks of ", z.shape(tokens), " tokens: the encoders take ", BLOCK, ".");
+  for (size_t i = 0; i < z.ndim(); i++)
+    require(z.shape(i) == out.shape(i) && passed.shape(i) == (i == tokens ? size_t(d) : z.shape(i)), "Dim ", i,
+            ": values have ", z.shape(i), ", matrices ", passed.shape(i), ", codes ", out.shape(i),
+            ". Allowed: (*lead, ", BLOCK, ", d), (*lead, d, d), (*lead, ", BLOCK, ", d).");
+  require(kind_of(z.dtype()) == Kind::fp32 && kind_of(passed.dtype()) == Kind::fp32,
+          "Values and matrices must be fp32.");
+  check_row(z, d), check_row(passed, d), check_row(out, d);
+  require(passed.stride(tokens) == d && out.stride(tokens) == d,
+          "The rows of a matrix, or of codes, must be neighbours.");
+  Encoder e;
+  const size_t half = centroids.size() / 2;
+  for (e.d = d, e.bits = 1; size_t(1) << (e.bits - 1) < half && e.bits < 8;) e.bits++;
+  set_table(e, thresholds, centroids, e.bits > 4 ? 128 - half : 0);
+  std::vector<Input> blocks;
+  std::vector<const float*> matrices;
+  std::vector<uint8_t*> codes;
+  const auto* from = static_cast<const uint8_t*>(z.data());
+  each_block(z, 2, [&](int64_t at) { blocks.push_back({from + at, z.stride(tokens) * 4, Kind::fp32}); });
+  each_block(passed, 2, [&](int64_t at) { matrices.push_back(static_cast<const float*>(passed.data()) + at / 4); });
+  each_block(out, 2, [&](int64_t at) { codes.push_back(out.data() + at); });
+  const EncodeKernels& kernels = encode_kernels(isa);
+  nb::gil_scoped_release release;
+  steer(e, blocks, matrices, codes, kernels, threads);
+}
+
 using Rows = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using ReadRows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Signs = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -253,6 +298,8 @@ void bind_encoding(nb::module_& m) {
   m.def("encode", &encode_blocks, "encoder"_a, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("repack", &repack_blocks, "blocks"_a.noconvert(), "codes"_a, "order"_a, "out"_a.noconvert(), "isa"_a,
         "threads"_a);
+  m.def("steer", &steer_blocks, "z"_a.noconvert(), "passed"_a.noconvert(), "thresholds"_a, "centroids"_a,
+        "out"_a.noconvert(), "isa"_a, "threads"_a);
   m.def("rotate", &rotate_rows, "x"_a.noconvert(), "signs"_a.noconvert(), "back"_a, "out"_a.noconvert(), "isa"_a,
         "threads"_a);
 }

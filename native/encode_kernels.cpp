@@ -4,6 +4,7 @@
 #include TERSEKV_ISA_HEADER
 
 #include "convert.h"
+#include "feedback.h"
 #include "table.h"
 #include "uniform.h"
 #include "viterbi.h"
@@ -44,8 +45,18 @@ void repack(int bits, int d, Order from, Order to, const uint8_t* codes, EncodeS
   }
 }
 
+void steer(const Encoder& e, const Input& in, const float* passed, EncodeScratch& s, uint8_t* codes) {
+  switch (e.bits) {
+    case 1: return steer_block<1>(e, in, passed, s, codes);
+    case 2: return steer_block<2>(e, in, passed, s, codes);
+    case 3: return steer_block<3>(e, in, passed, s, codes);
+    case 4: return steer_block<4>(e, in, passed, s, codes);
+    default: return steer_block<8>(e, in, passed, s, codes);
+  }
+}
+
 }  // namespace
 
-extern const EncodeKernels encode_kernels = {encode, repack, rotate_row, load_numbers, store_numbers};
+extern const EncodeKernels encode_kernels = {encode, repack, steer, rotate_row, load_numbers, store_numbers};
 
 }  // namespace tersekv::TERSEKV_ISA

@@ -17,7 +17,7 @@ BUDGET = {
     "eval": 1560,
     "hf": 1500,
     "models": 600,
-    "ops": 1600,
+    "ops": 1650,
     "ops/cuda": 1350,
     "policy": 1330,
     "reports": 840,

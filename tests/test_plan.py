@@ -41,7 +41,8 @@ def test_bytes_of_a_sequence_are_those_of_a_cache(folder: str) -> None:
     with torch.inference_mode(), tersekv.attached(model):
         model(input_ids=torch.ones(1, 700, dtype=torch.int64), past_key_values=cache)
     held, planes = cache.report().held, cache.report().planes()
-    left_out = sum(count for (_, plane), count in planes.items() if plane in ("positions", "lengths", "counted", "balanced"))
+    numbers = ("positions", "lengths", "counted", "balanced")
+    left_out = sum(count for (_, plane), count in planes.items() if plane in numbers)
     assert sequence_bytes(model.config, spec, 700) == held - left_out
     assert left_out < 0.06 * held  # of this tiny model; 8 bytes a token and head at most
 

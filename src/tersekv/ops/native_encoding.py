@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -82,6 +83,33 @@ def repack(packed: Packed, order: str, isa: str = "") -> Packed:
         native.array(data), _codes(packed.layout), order, native.array(out), isa, torch.get_num_threads()
     )
     return Packed(packed.layout.ordered(order), out)
+
+
+def steers(z: Tensor) -> bool:
+    """Whether `codes` can run: blocks of values in memory."""
+    block, d = z.shape[-2:]
+    return z.device.type == "cpu" and z.dtype == torch.float32 and block == BLOCK and _fits(d)
+
+
+def codes(
+    z: Float[Tensor, "*lead block d"],
+    passed: Float[Tensor, "*#lead d d"],
+    thresholds: Float[np.ndarray, "t"],
+    table: Float[Tensor, "entries"],
+    isa: str = "",
+) -> UInt8[Tensor, "*lead block d"]:
+    """The codes of `feedback.steered`, bit for bit; `z` may be strided, a matrix of `passed` that of many blocks."""
+    z = z.detach() if z.stride(-1) == 1 else z.detach().contiguous()
+    out = torch.empty(z.shape, dtype=torch.uint8)
+    tables = thresholds.tolist(), table.tolist()
+    try:
+        matrices = passed.detach().contiguous().expand(*z.shape[:-2], *passed.shape[-2:])
+        native._native.steer(
+            native.array(z), native.array(matrices), *tables, native.array(out), isa, torch.get_num_threads()
+        )
+    except (ValueError, RuntimeError) as error:  # the second one is that of expand
+        raise InputError(str(error)) from None
+    return out
 
 
 def rotates(x: Tensor) -> bool:
