@@ -33,6 +33,6 @@ PRESETS = {  # chosen by measurement: docs/presets.md
     "terse8": "rotated:bits=8,scale_kind=fp16",
     "terse4": "rotated:bits=4 policy=queryaware",
     "terse3": "rotated:bits=3 policy=queryaware",
-    "terse2": "rotated:bits=2 policy=queryaware",
-    "terse1": "k=rotated:bits=2 v=rotated:bits=1 policy=queryaware",
+    "terse2": "k=rotated:bits=2 v=trellis:bits=2 policy=queryaware",
+    "terse1": "k=rotated:bits=2 v=trellis:bits=1 policy=queryaware",
 }
