@@ -48,7 +48,7 @@ std::vector<Piece> cut(const Attention& a) {
 
 void run_piece(const Attention& a, const Kernels& kernels, const Piece& p, const Piece* next, float* partial) {
   Job job{a.k, a.v, a.tokens[p.head], a.q + (int64_t(p.head) * a.rows + p.first_row) * a.d, p.rows, a.d, a.n,
-          p.first_row, a.scale, a.exact, p.head % a.heads, asks_for_first_level()};
+          p.first_row, a.scale, a.exact, p.head % a.heads, hints()};
   if (p.first > job.tokens.first) job.tokens.first = p.first;
   job.tokens.last = p.last;
   if (next && job.tokens.table) {

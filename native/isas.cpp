@@ -84,12 +84,12 @@ const std::vector<Choice>& choices() {
   return all;
 }
 
-bool asks_for_first_level() {
+Hints hints() {
 #if defined(__x86_64__) && !defined(TERSEKV_PORTABLE)
   static const bool zen5 = (__builtin_cpu_init(), __builtin_cpu_is("amd")) && family() >= 26;
-  return zen5;
+  return {zen5, zen5};
 #else
-  return true;
+  return {true, false};
 #endif
 }
 

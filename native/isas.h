@@ -16,9 +16,10 @@ struct Choice {
 // Best first; the portable one is last and runs everywhere.
 const std::vector<Choice>& choices();
 
-// Into which cache memory that is read later is asked for. A Zen 5 drops hints for the second level while an address is
-// not translated, as for every new page. A Zen 4 and a Granite Rapids do not, and can have more lines on their way.
-bool asks_for_first_level();
+// A Zen 5 drops hints for the second-level cache while an address is not translated, as for every new page. Its first
+// level does not hold five pages beside what a tile needs, so it is asked for sides half a tile before they are read.
+// A Zen 4 and a Granite Rapids do not drop them, and can have more lines on their way to the second level.
+Hints hints();
 
 // By name, or the best for an empty one. Throws std::invalid_argument that says what is allowed.
 const Kernels& choose(const std::string& name);

@@ -9,7 +9,7 @@ constexpr int STRIP = 4;   // query rows that share one pass over a block, at mo
 constexpr int STRIPS = 4;  // strips that share one product of matrices, at most
 constexpr int TILE = 4;    // blocks that share one step of the running softmax, at most
 constexpr int LANES = 16;  // floats of the widest register
-constexpr int BLOCKS_AHEAD = TILE + 1;  // blocks after which a page is read that is asked for now
+constexpr int BLOCKS_AHEAD = TILE + 1;  // after which a page is read that is asked for now, if not soon before
 
 // Query rows of a job, prepared for the keys of a block.
 struct alignas(64) Queries {
@@ -58,7 +58,7 @@ struct alignas(64) Block {
   float q_gain[ROWS], q_shift[ROWS];
   uint8_t k_levels[BLOCK * MAX_HEAD_DIM], v_levels[BLOCK * MAX_HEAD_DIM];
   const uint8_t *k, *v;
-  const uint8_t* ahead;  // a page that is read later, or null
+  const uint8_t* ahead[2];  // sides of pages that are read later, in the order in which they are asked for, or null
   int first, last;  // the tokens of the block that count
 };
 

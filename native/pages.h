@@ -76,6 +76,11 @@ struct Partial {
   float* sum;
 };
 
+// How memory that is read later is asked for: into the first-level cache or the second, and early, or soon before.
+struct Hints {
+  bool first_level, soon;
+};
+
 struct Job {
   const Side *k, *v;
   Tokens tokens;
@@ -85,7 +90,7 @@ struct Job {
   float scale;
   bool exact;       // fp32 look-ups and products instead of int8
   int head;         // among the KV heads
-  bool first_level;  // the cache into which memory is asked for; otherwise the second
+  Hints hints;
 };
 
 }  // namespace tersekv

@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 
+#include "asking.h"
 #include "groups.h"
 #include "lookups.h"
 
@@ -17,7 +18,9 @@ class Run {
         k_int8_(!job.exact && job.k->bits && job.k->bits < 8),
         v_int8_(!job.exact && job.v->bits && job.v->bits < 8),
         shared_(job.rows > 2 * Isa::STRIP),
-        group_(shared_ && Isa::MATRIX && !groups_.any() ? STRIPS * STRIP : Isa::STRIP) {
+        group_(shared_ && Isa::MATRIX && !groups_.any() ? STRIPS * STRIP : Isa::STRIP),
+        alone_((shared_ && (group_ == Isa::STRIP || k_books_ || v_books_)) || job.k->channel_scale || groups_.any()),
+        asking_(job, group_, alone_) {
     if (group_ > Isa::STRIP) matrix_.emplace(least(job.rows, group_), job.d);
   }
 
@@ -46,6 +49,11 @@ class Run {
   const bool k_int8_, v_int8_;
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
   const int group_;    // query rows that share a pass over a block: a strip, or more where matrices are multiplied
+  // Each block has a softmax step of its own. Numbers in groups are those of one block. Keys with channel scales change
+  // the query from block to block, and levels of many blocks would not stay in the first-level cache; products of
+  // matrices want more.
+  const bool alone_;
+  const Asking asking_;
   std::optional<Isa::Matrix> matrix_;
   static inline const Side NOTHING = {};  // of which no plane is read
 
@@ -102,12 +110,9 @@ class Run {
     }
   }
 
-  // One step of the running softmax. Numbers in groups are those of one block. Keys with channel scales change the
-  // query from block to block, and levels of many blocks would not stay in the first-level cache, so such tiles are of
-  // one block; products of matrices want more.
+  // One step of the running softmax, or one a block.
   void attend_tile(int64_t first, int count) {
-    const bool in_cache = shared_ && (!matrix_ || k_books_ || v_books_);
-    const int step = in_cache || job_.k->channel_scale || groups_.any() ? 1 : count;
+    const int step = alone_ ? 1 : count;
     for (int64_t b = first; b < first + count; b += step) {
       bool whole = !job_.tokens.causal;
       for (int i = 0; i < step; i++) {
@@ -126,8 +131,11 @@ class Run {
   }
 
   void soften(int step, int64_t b, int r, int rows, bool whole, Strip& strip) {
-    Ahead later[TILE];
-    for (int i = 0; i < step; i++) later[i] = ahead(blocks_[i], 1, r, Isa::STRIP);
+    Ahead later[2 * TILE];
+    for (int i = 0; i < step; i++) {
+      later[i] = asking_.during(SOFTENING, blocks_[i], r);
+      later[TILE + i] = asking_.during(SOFTENING_TOO, blocks_[i], r);
+    }
     const bool zero = (job_.k->zero && !groups_.keys()) || (job_.v->zero && !groups_.values());
     SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip, r, later, whole, out_.max, b * BLOCK,
                             v_int8_ && !groups_.values());
@@ -137,34 +145,14 @@ class Run {
     const Tokens& t = job_.tokens;
     const int64_t at = index * BLOCK;
     block.first = int(t.first - at), block.last = int(t.last - at < BLOCK ? t.last - at : BLOCK);
-    block.ahead = nullptr;
+    block.ahead[0] = block.ahead[1] = nullptr;
     if (!t.table) {
       block.k = t.k + at * t.k_stride, block.v = t.v + at * t.v_stride;
       return;
     }
     const uint8_t* page = t.pool + t.table[index] * t.page_bytes;
-    block.ahead = ahead_of(index, page);
+    asking_.find(block, index);
     block.k = page + job_.k->start, block.v = page + job_.v->start;
-  }
-
-  // The page that is read BLOCKS_AHEAD blocks later, by this job or by the one after it.
-  const uint8_t* ahead_of(int64_t index, const uint8_t* page) const {
-    const Tokens& t = job_.tokens;
-    const int64_t later = index + BLOCKS_AHEAD, beyond = later - (t.last + BLOCK - 1) / BLOCK;
-    if (beyond < 0) return t.pool + t.table[later] * t.page_bytes;
-    return beyond < t.next_count ? t.pool + t.next[beyond] * t.page_bytes : page;
-  }
-
-  // Each line of a page is asked for once, in proportion to the time that the three parts of the work take: scores two
-  // fifths, softmax one, sums of values two. A part shares its lines out among its passes, of `each` rows.
-  Ahead ahead(const Block& block, int part, int r, int each) const {
-    if (!block.ahead) return {nullptr, 0, false};
-    const int passes = (job_.rows + each - 1) / each, start = 2 * part - part / 2, share = part == 1 ? 1 : 2;
-    const int lines = int((job_.tokens.page_bytes + 127) / 64);  // a page may begin in the middle of one
-    const int from = lines * (start * passes + share * (r / each)) / (5 * passes);
-    const int to = lines * (start * passes + share * (r / each + 1)) / (5 * passes);
-    const int steps = part == 1 ? least(each, job_.rows - r) : d_ / 8;
-    return {block.ahead + 64 * from, (256 * (to - from) + steps - 1) / steps, job_.first_level};
   }
 
   void read_planes(Block& block) {
@@ -235,7 +223,7 @@ class Run {
   }
 
   void score(Block& block, int i, int r, int rows) {
-    Ahead later = ahead(block, 0, r, group_);
+    Ahead later = asking_.during(SCORES, block, r);
     const uint8_t* levels = bytes(*job_.k, k_int8_, block.k, block.k_levels, blocks_[0].k_levels, r, later);
     if constexpr (Isa::MATRIX)
       if (matrix_ && k_int8_) return score_matrix(*matrix_, levels, d_, q_.int8 + r * d_, rows, i, products_, strips_);
@@ -266,7 +254,7 @@ class Run {
   }
 
   void mix(Block& block, int i, int r, int rows) {
-    Ahead later = ahead(block, 2, r, group_);
+    Ahead later = asking_.during(SUMS, block, r);
     const uint8_t* levels = bytes(*job_.v, v_int8_, block.v, block.v_levels, blocks_[0].v_levels, r, later);
     if constexpr (Isa::MATRIX)
       if (matrix_ && v_int8_) mix_matrix(*matrix_, levels, d_, rows, i, strips_, products_);

@@ -23,26 +23,29 @@ struct Softmax {
   Sums& sums;
   Strip& strip;
   const int row;
-  const Ahead* ahead;
+  const Ahead* ahead;  // two for each block, TILE apart
   const bool all_seen;  // every row sees every token of the tile
 
   // Scores in units of log2; returns each row's highest.
   INLINE Quad scores() {
     Floats top[4];
     for (int i = 0; i < 4; i++) top[i] = Isa::all(-INFINITY);
-    for (int b = 0; b < count; b++)
+    for (int b = 0; b < count; b++) {
+      const Block& block = blocks[b];
+      float* const of_block = strip.scores[b];
+#pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
-        const Block& block = blocks[b];
         const Floats gain = Isa::all(block.q_gain[row + i]), shift = Isa::all(block.q_shift[row + i]);
         const Floats bias = Isa::all(block.bias[row + i]), total = Isa::all(q.total[row + i]);
         for (int j = 0; j < BLOCK; j += Isa::LANES) {
-          float* at = strip.scores[b] + BLOCK * i + j;
+          float* at = of_block + BLOCK * i + j;
           Floats x = (Isa::load<Floats>(at) * gain + shift) * Isa::load<Floats>(block.k_scale + j) + bias;
           if (ZERO) x += total * Isa::load<Floats>(block.k_zero + j);
           Isa::store(at, x);
           top[i] = Isa::max(top[i], x);
         }
       }
+    }
     return Isa::highest(top);
   }
 
@@ -71,17 +74,21 @@ struct Softmax {
     for (int b = 0; b < count; b++) {
       Floats most[4] = {}, mass[4] = {};
       const Block& block = blocks[b];
+      const float* const scores = strip.scores[b];
+      float* const out = strip.weights[b];
+#pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
         for (int j = 0; j < BLOCK; j += Isa::LANES) {
-          const Floats p = Isa::exp2(Isa::load<Floats>(strip.scores[b] + BLOCK * i + j) - top[i]);
+          const Floats p = Isa::exp2(Isa::load<Floats>(scores + BLOCK * i + j) - top[i]);
           const Floats w = p * Isa::load<Floats>(block.v_scale + j);
           if (ZERO) common[b][i] += p * Isa::load<Floats>(block.v_zero + j);
           mass[i] += p;
           most[i] = Isa::max(most[i], Isa::abs(w));
-          Isa::store(strip.weights[b] + BLOCK * i + j, w);
+          Isa::store(out + BLOCK * i + j, w);
         }
         total[i] += mass[i];
         ahead[b](i);
+        ahead[TILE + b](i);
       }
       largest[b] = Isa::highest(most);
       if (job.v->channel_zero) Isa::store(strip.mass[b], Isa::sums(mass));
@@ -94,12 +101,15 @@ struct Softmax {
     for (int b = 0; b < count; b++) {
       const Quad step = largest[b] / 127.f, inverse = largest[b] > Quad{} + TINY ? 127.f / largest[b] : Quad{};
       Isa::store(strip.gain[b], step * job.v->step);
+      const float* const weights = strip.weights[b];
+      int8_t* const int8 = strip.int8[b];
+#pragma GCC unroll 4
       for (int i = 0; i < R; i++) {
         Floats total = {};
         for (int j = 0; j < BLOCK; j += Isa::LANES) {
-          const Floats x = Isa::rounded(Isa::load<Floats>(strip.weights[b] + BLOCK * i + j) * inverse[i]);
+          const Floats x = Isa::rounded(Isa::load<Floats>(weights + BLOCK * i + j) * inverse[i]);
           total += x - 12582912.f;
-          Isa::store_int8(strip.int8[b] + BLOCK * i + j, x);
+          Isa::store_int8(int8 + BLOCK * i + j, x);
         }
         common[b][i] += total * (step[i] * job.v->low);
       }
