@@ -14,11 +14,16 @@ B, H, G, D, SCALE = 2, 2, 3, 64, 0.125
 SPEC = "rotated:bits=3 policy=queryaware observe=100"
 
 
+def sizes() -> Tensor:
+    """Of channels of keys, alike in pairs."""
+    return 2.0 ** torch.randint(-3, 4, (B, H, 1, D // 2), generator=torch.Generator().manual_seed(1)).tile(2)
+
+
 def uneven(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values; channels of keys differ by up to 64, those of queries the other way round."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(B, heads, n, D, generator=generator) for heads in (G * H, H, H))
-    by = 2.0 ** torch.randint(-3, 4, (B, H, 1, D), generator=torch.Generator().manual_seed(1))
+    by = sizes()
     return q / by.repeat_interleave(G, 1), k * by, v
 
 
@@ -29,11 +34,20 @@ def filled(n: int, spec: str = SPEC) -> Store:
 
 
 def test_factors_by_hand() -> None:
-    sizes, signs = torch.tensor([1.0, 16.0, 1.0, 16.0]), torch.tensor([1.0, -1.0]).repeat(4)[:, None]
+    sizes, signs = torch.tensor([1.0, 16.0]).tile(2), torch.tensor([1.0, -1.0]).repeat(4)[:, None]
     keys = torch.stack([sizes * signs + 5, sizes * signs - 1000])  # two blocks, whose means do not count
-    # Octaves of queries 4, 4, 0, 0 and of keys 0, 4, 0, 4: a quarter less three quarters 1, -2, 0, -3 around -1.
-    queries = torch.tensor([256.0, 256.0, 1.0, 1.0], dtype=torch.float64) * 7
-    assert balanced(queries, keys).tolist() == [4.0, 0.5, 2.0, 0.25]
+    # Octaves of queries 4, 2 and of keys 0, 4 in both channels of a pair: a quarter less three quarters 1, -2.5 around
+    # -.75, which leaves 1.75 and -1.75.
+    queries = torch.tensor([256.0, 16.0, 256.0, 16.0], dtype=torch.float64) * 7
+    assert balanced(queries, keys).tolist() == [4.0, 0.25, 4.0, 0.25]
+
+
+def test_channels_that_rope_turns_into_each_other_share_a_factor() -> None:
+    keys, queries = torch.randn(3, 64, D) * torch.rand(D), torch.rand(D, dtype=torch.float64)
+    factors = balanced(queries, keys)
+    assert torch.equal(*factors.chunk(2)) and len(factors.unique()) > 1
+    turned = torch.cat((-keys[..., D // 2 :], keys[..., : D // 2]), -1)
+    assert torch.equal(balanced(queries.roll(D // 2), turned), factors)
 
 
 def test_where_nothing_is_known_factors_are_one() -> None:
@@ -44,7 +58,7 @@ def test_where_nothing_is_known_factors_are_one() -> None:
 
 def test_dead_channels_and_what_is_not_finite_keep_factors_in_range() -> None:
     keys, queries = torch.randn(2, 64, D), torch.rand(D, dtype=torch.float64)
-    keys[..., 3], keys[0, 5, 7], queries[4] = 0, torch.nan, 0
+    keys[..., [3, D // 2 + 3]], keys[0, 5, 7], queries[[4, D // 2 + 4]] = 0, torch.nan, 0
     factors = balanced(queries, keys)
     assert factors.isfinite().all() and (factors >= 2.0**-MOST).all() and (factors <= 2.0**MOST).all()
     assert torch.equal(factors.log2(), factors.log2().round())
@@ -61,8 +75,7 @@ def test_keys_are_only_converted_where_there_are_factors() -> None:
 def test_each_row_has_factors_of_its_own_and_they_level_channels() -> None:
     tier = filled(140).tiers.packed["packed"]
     assert tier.factors is not None
-    by = 2.0 ** torch.randint(-3, 4, (B, H, 1, D), generator=torch.Generator().manual_seed(1))
-    level = tier.factors * by[:, :, 0]
+    level = tier.factors * sizes()[:, :, 0]
     assert (level.log2() - level.log2().mean(-1, keepdim=True)).abs().max() <= 1
     assert not torch.equal(tier.factors[0, 0], tier.factors[1, 0])
 

@@ -68,7 +68,7 @@ def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: 
     stores = [Store(parsed, b, h, d, dtype, CUDA, room) for _ in range(3)]
     chunks = [draw(b, h, g, 201, d, dtype), *(draw(b, h, g, n, d, dtype) for _ in range(150 // n))]
     # Channels of keys and queries that want factors, each row others; powers of two, so that nothing rounds.
-    uneven = 2.0 ** torch.randint(-3, 4, (b, h, 1, d), device=CUDA).to(dtype)
+    uneven = 2.0 ** torch.randint(-3, 4, (b, h, 1, d // 2), device=CUDA).tile(2).to(dtype)
     on = 0
     for number, (q, k, v) in enumerate(chunks):
         if "queryaware" in spec:

@@ -39,6 +39,11 @@ def multiplied(
 
 
 def _octaves(squares: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
-    """Logarithms of the roots. Without zeros, which have none."""
-    mean = squares.mean(-1, keepdim=True)
-    return (squares.maximum(LEAST * mean) + (mean == 0)).log2() / 2
+    """Logarithms of the roots, without zeros, which have none, and alike in the two channels of a pair.
+
+    RoPE turns channels i and i + d/2 into each other as positions grow: at 8,192 tokens factors of their own, from the
+    first tokens, are worse than none. A model that pairs other channels gets coarser factors by this, not wrong ones.
+    """
+    pairs = squares.unflatten(-1, (2, -1)).mean(-2).tile(2)
+    mean = pairs.mean(-1, keepdim=True)
+    return (pairs.maximum(LEAST * mean) + (mean == 0)).log2() / 2
