@@ -30,8 +30,8 @@ void score_dense(const uint8_t* tokens, int64_t stride, int count, int d, const 
 }
 
 template <Kind KIND, int R>
-void mix_dense(const uint8_t* tokens, int64_t stride, int count, int d, const float* w, const float* fade,
-               const float* gain, float* out) {
+void mix_dense(const uint8_t* tokens, int64_t stride, int count, int d, const float* w, const float* gain,
+               float* out) {
   constexpr int WIDTH = KIND == Kind::fp32 ? 4 : 2;
   for (int c = 0; c < d; c += Isa::LANES) {
     Isa::Floats sum[R] = {};
@@ -51,9 +51,9 @@ void mix_dense(const uint8_t* tokens, int64_t stride, int count, int d, const fl
     for (int r = 0; r < R; r++) {
       float* to = out + r * d + c;
       if (lanes == Isa::LANES) {
-        Isa::add_to(to, fade[r], gain[r], sum[r]);
+        Isa::add_to(to, gain[r], sum[r]);
       } else {
-        for (int i = 0; i < lanes; i++) to[i] = to[i] * fade[r] + sum[r][i] * gain[r];
+        for (int i = 0; i < lanes; i++) to[i] += sum[r][i] * gain[r];
       }
     }
   }

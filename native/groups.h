@@ -44,7 +44,7 @@ class InGroups {
                          : score_by_channels(codes, width, ahead, r, rows, scores);
   }
 
-  // out (rows, d) = out * fade + what the strip's weights, exponentials without any scale, make of a block's values.
+  // Adds to out (rows, d) what the strip's weights, exponentials without any scale, make of a block's values.
   void mix(const uint8_t* codes, int width, Ahead ahead, Strip& strip, int rows, float* out) {
     const bool by_tokens = v_.in_token_groups();
     const int wide = v_.channels_each, groups = by_tokens ? BLOCK / v_.tokens_each : d_ / wide;
@@ -53,15 +53,14 @@ class InGroups {
       const int at = by_tokens ? 0 : i;
       const uint8_t* from = codes + at * bytes(wide, width);
       const Ahead later = by_tokens && i ? Ahead{ahead.at, 0, false} : part(ahead, wide, at);
+      std::memset(strip.mixed, 0, sizeof(float) * rows * wide);
       if (v_int8_)
-        MIX_INT8[width][rows - 1](v_.levels[0], from, later, wide, g_.int8_weights, strip.nothing, g_.weight_gain,
-                                  strip.mixed);
-      else MIX_EXACT[width][rows - 1](v_.table, from, later, wide, g_.weights, strip.nothing, strip.one, strip.mixed);
-      const float* fade = by_tokens && i ? strip.one : strip.fade;
+        MIX_INT8[width][rows - 1](v_.levels[0], from, later, wide, g_.int8_weights, g_.weight_gain, strip.mixed);
+      else MIX_EXACT[width][rows - 1](v_.table, from, later, wide, g_.weights, strip.one, strip.mixed);
       for (int j = 0; j < rows; j++) {
         const float* mixed = strip.mixed + j * wide;
-        if (by_tokens) add_by_channel(mixed, i, fade[j], j, out + j * d_);
-        else add(mixed, fade[j], j, out + j * d_ + i * wide);
+        if (by_tokens) add_by_channel(mixed, i, j, out + j * d_);
+        else add(mixed, j, out + j * d_ + i * wide);
       }
     }
   }
@@ -207,17 +206,17 @@ class InGroups {
     Isa::store(g_.low, rounded * v_.low + (all - rounded) * v_.middle());
   }
 
-  void add(const float* mixed, float fade, int row, float* out) const {
+  void add(const float* mixed, int row, float* out) const {
     const Floats all = Isa::all(g_.low[row] + g_.mass[row]);
     for (int c = 0; c < v_.channels_each; c += Isa::LANES)
-      Isa::add_to(out + c, fade, 1, Isa::load<Floats>(mixed + c) + all);
+      Isa::add_to(out + c, 1, Isa::load<Floats>(mixed + c) + all);
   }
 
-  void add_by_channel(const float* mixed, int group, float fade, int row, float* out) const {
+  void add_by_channel(const float* mixed, int group, int row, float* out) const {
     const Floats low = Isa::all(g_.low[row]), mass = Isa::all(g_.mass[row]);
     for (int c = 0; c < d_; c += Isa::LANES) {
       const Floats x = (Isa::load<Floats>(mixed + c) + low) * Isa::load<Floats>(g_.v_channel_scale + group * d_ + c);
-      Isa::add_to(out + c, fade, 1, x + mass * Isa::load<Floats>(g_.v_channel_zero + group * d_ + c));
+      Isa::add_to(out + c, 1, x + mass * Isa::load<Floats>(g_.v_channel_zero + group * d_ + c));
     }
   }
 };

@@ -66,8 +66,9 @@ struct alignas(64) Block {
 struct alignas(64) Strip {
   float scores[TILE][STRIP * BLOCK], weights[TILE][STRIP * BLOCK];
   int8_t int8[TILE][STRIP * BLOCK];
+  int32_t seen[TILE][STRIP * BLOCK];  // -1, or 0 where a row does not see a token
   float gain[TILE][STRIP], shift[TILE][STRIP], mass[TILE][STRIP];
-  float fade[STRIP], nothing[STRIP], one[STRIP];
+  float fade[STRIP], one[STRIP];
   float mixed[STRIP * MAX_HEAD_DIM];
 };
 

@@ -30,11 +30,11 @@ void mix_matrix(const Matrix& matrix, const uint8_t* levels, int d, int rows, in
     matrix.product(BLOCK, p.weights, BLOCK, levels + 16 * VECTOR * tile, VECTOR, p.sums + 16 * tile, 4 * d);
 }
 
-// out[r][c] = out[r][c] * fade[r] + gain[r] * sums[r][c]
-inline void add_products(const int32_t* sums, int d, int rows, const float* fade, const float* gain, float* out) {
+// out[r][c] += gain[r] * sums[r][c]
+inline void add_products(const int32_t* sums, int d, int rows, const float* gain, float* out) {
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < d; c += Isa::LANES)
-      Isa::add_to(out + r * d + c, fade[r], gain[r], Isa::to_floats(Isa::load<Ints>(sums + r * d + c)));
+      Isa::add_to(out + r * d + c, gain[r], Isa::to_floats(Isa::load<Ints>(sums + r * d + c)));
 }
 
 }  // namespace tersekv::TERSEKV_ISA

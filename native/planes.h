@@ -17,6 +17,13 @@ INLINE void fill(int count, float* out, Load load) {
   for (int i = 0; i < count; i += Isa::LANES) Isa::store(out + i, load(i));
 }
 
+// Of a plane of integers.
+INLINE float step_of(const uint8_t* block, const Plane& plane) {
+  uint16_t half = 0x3c00;
+  if (plane.step >= 0) std::memcpy(&half, block + plane.step, 2);
+  return Isa::half(half);
+}
+
 // `count` numbers, rounded up to whole registers: a page is readable, and a scratch array writable, that far. A plane
 // that is not there gives `otherwise`.
 inline void read_plane(const uint8_t* block, const Plane& plane, int count, const float* log8, float otherwise,
@@ -29,9 +36,7 @@ inline void read_plane(const uint8_t* block, const Plane& plane, int count, cons
     case Kind::bf16: return fill(count, out, [=](int i) { return load_floats<Kind::bf16>(p, i); });
     case Kind::log8: return fill(count, out, [=](int i) { return Isa::from_log8(p + i, log8); });
     case Kind::int8: {
-      uint16_t half = 0x3c00;
-      if (plane.step >= 0) std::memcpy(&half, block + plane.step, 2);
-      const float step = Isa::half(half);
+      const float step = step_of(block, plane);
       return fill(count, out, [=](int i) { return Isa::from_int8(p + i) * step; });
     }
   }

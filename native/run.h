@@ -20,7 +20,7 @@ class Run {
         shared_(job.rows > 2 * Isa::STRIP),
         group_(shared_ && Isa::MATRIX && !groups_.any() ? STRIPS * STRIP : Isa::STRIP),
         alone_((shared_ && (group_ == Isa::STRIP || k_books_ || v_books_)) || job.k->channel_scale || groups_.any()),
-        asking_(job, group_, alone_) {
+        planes_first_(alone_ || k_books_), asking_(job, group_, alone_) {
     if (group_ > Isa::STRIP) matrix_.emplace(least(job.rows, group_), job.d);
   }
 
@@ -53,18 +53,19 @@ class Run {
   // the query from block to block, and levels of many blocks would not stay in the first-level cache; products of
   // matrices want more.
   const bool alone_;
+  // Whether scores need planes. Otherwise planes are read while the products of a block are still being added up.
+  const bool planes_first_;
   const Asking asking_;
   std::optional<Isa::Matrix> matrix_;
   static inline const Side NOTHING = {};  // of which no plane is read
 
   void begin() {
-    for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = -INFINITY;
+    for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = r < job_.rows ? -INFINITY : 0;
     std::memset(out_.out, 0, sizeof(float) * job_.rows * d_);
     std::memset(sums_.mass, 0, sizeof(float) * LANES * job_.rows);
     std::memset(sums_.common, 0, sizeof(float) * LANES * job_.rows);
     for (int i = 0; i < group_; i += STRIP) {
       Strip& strip = strips_[i / STRIP];
-      std::memset(strip.nothing, 0, sizeof strip.nothing);
       std::memset(strip.mixed, 0, sizeof(float) * STRIP * d_);
       for (float& x : strip.one) x = 1;
       for (auto& gain : strip.gain)
@@ -117,12 +118,15 @@ class Run {
       bool whole = !job_.tokens.causal;
       for (int i = 0; i < step; i++) {
         find(blocks_[i], b + i);
-        read_planes(blocks_[i]);
+        if (planes_first_) read_planes(blocks_[i]);
         whole = whole && blocks_[i].first <= 0 && blocks_[i].last == BLOCK;
       }
       for (int r = 0; r < job_.rows; r += group_) {
         const int rows = least(group_, job_.rows - r);
-        for (int i = 0; i < step; i++) score(blocks_[i], i, r, rows);
+        for (int i = 0; i < step; i++) {
+          score(blocks_[i], i, r, rows);
+          if (r == 0 && !planes_first_) read_planes(blocks_[i]);
+        }
         for (int j = 0; j < rows; j += Isa::STRIP)
           soften(step, b, r + j, least(Isa::STRIP, rows - j), whole, strips_[j / STRIP]);
         for (int i = 0; i < step; i++) mix(blocks_[i], i, r, rows);
@@ -139,6 +143,9 @@ class Run {
     const bool zero = (job_.k->zero && !groups_.keys()) || (job_.v->zero && !groups_.values());
     SOFTMAX[zero][rows - 1](job_, q_, blocks_, step, sums_, strip, r, later, whole, out_.max, b * BLOCK,
                             v_int8_ && !groups_.values());
+    for (int j = 0; j < rows; j++)
+      if (strip.fade[j] != 1)
+        for (int c = 0; c < d_; c++) out_.out[(r + j) * d_ + c] *= strip.fade[j];
   }
 
   void find(Block& block, int64_t index) {
@@ -167,19 +174,18 @@ class Run {
       read_plane(block.v, vs.zero, BLOCK, log8_, 0, block.v_zero);
     }
     for (int j = block.last; j < BLOCK; j++) block.v_scale[j] = block.v_zero[j] = 0;  // what lies there may be a NaN
-    for (int r = 0; r < job_.rows; r++) block.bias[r] = 0;
-    if (ks.channel_zero) {
-      read_plane(block.k, ks.channel_zero, d_, log8_, 0, block.channel);
-      for (int r = 0; r < job_.rows; r += 4) project(block, r);
-    }
+    for (int r = 0; r < job_.rows; r += 4)
+      Isa::store(block.bias + r, ks.channel_zero ? project(block, r) : Quad{});
     if (ks.channel_scale) {
       read_plane(block.k, ks.channel_scale, d_, log8_, 1, block.channel);
       for (int r = 0; r < job_.rows; r++)
         for (int c = 0; c < d_; c++) q_.by_channel[r * d_ + c] = q_.scaled[r * d_ + c] * block.channel[c];
       prepare(q_.by_channel);
     }
-    std::memcpy(block.q_gain, q_.gain, sizeof(float) * job_.rows);
-    std::memcpy(block.q_shift, q_.shift, sizeof(float) * job_.rows);
+    for (int r = 0; r < job_.rows; r += 4) {
+      Isa::store(block.q_gain + r, Isa::load<Quad>(q_.gain + r));
+      Isa::store(block.q_shift + r, Isa::load<Quad>(q_.shift + r));
+    }
     if (ks.channels_first)
       for (int r = 0; r < job_.rows; r++) block.q_shift[r] += block.bias[r], block.bias[r] = 0;
     if (groups_.keys())
@@ -191,12 +197,16 @@ class Run {
   }
 
   // Products of four queries with the block's channel zeros. Rows beyond the last one are multiplied in vain.
-  void project(Block& block, int r) {
+  Quad project(Block& block, int r) {
+    const Plane& zero = job_.k->channel_zero;
+    const bool int8 = zero.kind == Kind::int8;  // as most pages have them: read once, and multiplied as integers
+    if (!int8 && r == 0) read_plane(block.k, zero, d_, log8_, 0, block.channel);
     Floats sum[4] = {};
-    for (int c = 0; c < d_; c += Isa::LANES)
-      for (int i = 0; i < 4; i++)
-        sum[i] += Isa::load<Floats>(q_.scaled + (r + i) * d_ + c) * Isa::load<Floats>(block.channel + c);
-    Isa::store(block.bias + r, Isa::sums(sum));
+    for (int c = 0; c < d_; c += Isa::LANES) {
+      const Floats x = int8 ? Isa::from_int8(block.k + zero.offset + c) : Isa::load<Floats>(block.channel + c);
+      for (int i = 0; i < 4; i++) sum[i] += Isa::load<Floats>(q_.scaled + (r + i) * d_ + c) * x;
+    }
+    return Isa::sums(sum) * (int8 ? step_of(block.k, zero) : 1);
   }
 
   static float sum_of(const float* weights) {
@@ -268,7 +278,7 @@ class Run {
     const Side& s = *job_.v;
     const bool by_channel = s.channel_scale || s.channel_zero;
     float* out = by_channel ? strip.mixed : out_.out + r * d_;
-    const float *later = i ? strip.one : strip.fade, *fade = by_channel ? strip.nothing : later;
+    if (by_channel) std::memset(out, 0, sizeof(float) * rows * d_);
     const float *gain = strip.gain[i], *weights = strip.weights[i];
     const uint8_t* codes = levels ? levels : block.v + s.codes;
     const int width = of_bits(levels ? LOOKED_UP : s.bits);
@@ -276,31 +286,30 @@ class Run {
     if (v_books_) {
       for (int u = 0; u < d_ / 8; u++) ahead(u);
       if (shared_ && r == 0) v_books_.decode(block.v_levels);
-      if (shared_) MIX_DENSE[0][rows - 1](v_books_.decoded(), 4 * d_, block.last, d_, weights, fade, gain, out);
-      else v_books_.add_weights(block.v_levels, r / Isa::STRIP, rows, weights, later);
+      if (shared_) MIX_DENSE[0][rows - 1](v_books_.decoded(), 4 * d_, block.last, d_, weights, gain, out);
+      else v_books_.add_weights(block.v_levels, r / Isa::STRIP, rows, weights, i ? strip.one : strip.fade);
     } else if (!s.bits) {
       const uint8_t* values = block.v + s.values.offset;
       const int64_t stride = dense_stride(s, job_.tokens.v_stride);
-      MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, fade, gain, out);
+      MIX_DENSE[of_kind(s.values.kind)][rows - 1](values, stride, block.last, d_, weights, gain, out);
     } else if (matrix_ && v_int8_) {
-      add_products(sums, d_, rows, fade, gain, out);
+      add_products(sums, d_, rows, gain, out);
     } else if (v_int8_) {
-      MIX_INT8[width][rows - 1](s.levels[0], codes, ahead, d_, strip.int8[i], fade, gain, out);
+      MIX_INT8[width][rows - 1](s.levels[0], codes, ahead, d_, strip.int8[i], gain, out);
     } else {
-      MIX_EXACT[width][rows - 1](s.table, codes, ahead, d_, weights, fade, gain, out);
+      MIX_EXACT[width][rows - 1](s.table, codes, ahead, d_, weights, gain, out);
     }
     if (s.channels_first)
       for (int j = 0; j < rows; j++) strip.mass[i][j] = sum_of(weights + BLOCK * j);
-    if (by_channel) add_by_channel(block, strip, i, later, r, rows);
+    if (by_channel) add_by_channel(block, strip, i, r, rows);
   }
 
-  // Values with channel planes: out = out * fade + (mixed + shift) * channel scale + mass * channel zero.
-  void add_by_channel(const Block& block, const Strip& strip, int i, const float* fade, int r, int rows) {
+  // Values with channel planes: out += (mixed + shift) * channel scale + mass * channel zero.
+  void add_by_channel(const Block& block, const Strip& strip, int i, int r, int rows) {
     for (int j = 0; j < rows; j++)
       for (int c = 0; c < d_; c++) {
         const float x = (strip.mixed[j * d_ + c] + strip.shift[i][j]) * block.v_channel_scale[c];
-        float& out = out_.out[(r + j) * d_ + c];
-        out = out * fade[j] + x + (job_.v->channel_zero ? strip.mass[i][j] * block.v_channel_zero[c] : 0.f);
+        out_.out[(r + j) * d_ + c] += x + (job_.v->channel_zero ? strip.mass[i][j] * block.v_channel_zero[c] : 0.f);
       }
   }
 };

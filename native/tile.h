@@ -134,7 +134,7 @@ void score_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d,
 // TILES channel tiles at once, which share the loads of their weights.
 template <int BITS, int R, int TILES>
 INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int tile, int part, Ahead ahead, int d,
-                      const int8_t* w, const float* fade, const float* gain, float* out) {
+                      const int8_t* w, const float* gain, float* out) {
   Ints sum[TILES][R] = {};
   for (int half = 0; half < 2; half++) {
     const uint8_t* at = codes + (2 * tile + half) * VECTOR * BITS + part * Isa::WIDTH;
@@ -151,19 +151,19 @@ INLINE void mix_tiles(const Levels<BITS>& look_up, const uint8_t* codes, int til
   }
   for (int t = 0; t < TILES; t++)
     for (int r = 0; r < R; r++)
-      Isa::add_to(out + r * d + 16 * (tile + t) + Isa::LANES * part, fade[r], gain[r], Isa::to_floats(sum[t][r]));
+      Isa::add_to(out + r * d + 16 * (tile + t) + Isa::LANES * part, gain[r], Isa::to_floats(sum[t][r]));
 }
 
-// out[r][c] = out[r][c] * fade[r] + gain[r] * (sum over tokens of w[r][j] * level[j][c], exactly).
+// out[r][c] += gain[r] * (sum over tokens of w[r][j] * level[j][c], exactly).
 template <int BITS, int R>
-void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* w, const float* fade,
-              const float* gain, float* out) {
+void mix_int8(const uint8_t* levels, const uint8_t* codes, Ahead ahead, int d, const int8_t* w, const float* gain,
+              float* out) {
   const Levels<BITS> look_up(levels);
   for (int part = 0; part < PARTS; part++) {
     int tile = 0;
     for (; tile + Isa::TILES <= d / 16; tile += Isa::TILES)
-      mix_tiles<BITS, R, Isa::TILES>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
-    for (; tile < d / 16; tile++) mix_tiles<BITS, R, 1>(look_up, codes, tile, part, ahead, d, w, fade, gain, out);
+      mix_tiles<BITS, R, Isa::TILES>(look_up, codes, tile, part, ahead, d, w, gain, out);
+    for (; tile < d / 16; tile++) mix_tiles<BITS, R, 1>(look_up, codes, tile, part, ahead, d, w, gain, out);
   }
 }
 
@@ -190,8 +190,8 @@ void score_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d,
 }
 
 template <int BITS, int R>
-void mix_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* w, const float* fade,
-               const float* gain, float* out) {
+void mix_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, const float* w, const float* gain,
+               float* out) {
   const Isa::Table<BITS> table(entries);
   for (int tile = 0; tile < d / 16; tile++)
     for (int part = 0; part < PARTS; part++) {
@@ -204,7 +204,7 @@ void mix_exact(const float* entries, const uint8_t* codes, Ahead ahead, int d, c
           for (int r = 0; r < R; r++) sum[r] += value * Isa::all(w[BLOCK * r + 32 * half + i]);
         }
       }
-      for (int r = 0; r < R; r++) Isa::add_to(out + r * d + 16 * tile + Isa::LANES * part, fade[r], gain[r], sum[r]);
+      for (int r = 0; r < R; r++) Isa::add_to(out + r * d + 16 * tile + Isa::LANES * part, gain[r], sum[r]);
     }
 }
 

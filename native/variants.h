@@ -10,9 +10,9 @@ namespace tersekv::TERSEKV_ISA {
 using ScoreInt8 = void (*)(const uint8_t*, const uint8_t*, Ahead, int, const int8_t*, float*);
 using ScoreExact = void (*)(const float*, const uint8_t*, Ahead, int, const float*, float*);
 using ScoreDense = void (*)(const uint8_t*, int64_t, int, int, const float*, float*);
-using MixInt8 = void (*)(const uint8_t*, const uint8_t*, Ahead, int, const int8_t*, const float*, const float*, float*);
-using MixExact = void (*)(const float*, const uint8_t*, Ahead, int, const float*, const float*, const float*, float*);
-using MixDense = void (*)(const uint8_t*, int64_t, int, int, const float*, const float*, const float*, float*);
+using MixInt8 = void (*)(const uint8_t*, const uint8_t*, Ahead, int, const int8_t*, const float*, float*);
+using MixExact = void (*)(const float*, const uint8_t*, Ahead, int, const float*, const float*, float*);
+using MixDense = void (*)(const uint8_t*, int64_t, int, int, const float*, const float*, float*);
 
 // A strip of R rows at bits B: [bits][rows - 1].
 #define EACH_STRIP(F, B) {F<B, 1>, F<B, 2>, F<B, 3>, F<B, 4>}
@@ -37,7 +37,7 @@ constexpr LookUp LOOK_UP[3][4] = {EACH_BITS(look_up_block), EACH_BITS(trellis_le
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
              const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
-  Softmax<R, ZERO>{job, q, blocks, count, sums, strip, row, ahead, all_seen}(max, at, int8);
+  Softmax<R, ZERO>{job, q, blocks, count, sums, strip, row, ahead, all_seen, {}, {}}(max, at, int8);
 }
 constexpr decltype(&softmax<1, false>) SOFTMAX[2][STRIP] = {
     {softmax<1, false>, softmax<2, false>, softmax<3, false>, softmax<4, false>},

@@ -38,12 +38,15 @@ struct Vector {
   static INLINE Bytes all_bytes(uint8_t x) { return x - Bytes{}; }
   static INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
   static INLINE Quad max_quad(Quad a, Quad b) { return a > b ? a : b; }
+  static INLINE bool any(QuadInts x) { return x[0] | x[1] | x[2] | x[3]; }
   static INLINE Floats abs(Floats x) { return (Floats)((Ints)x & all(0x7fffffff)); }
+  // Of a positive number and a magnitude.
+  static INLINE Floats larger(Floats a, Floats x) { return max(a, abs(x)); }
   static INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
-  // out = out * fade + x * gain
-  static INLINE void add_to(float* out, float fade, float gain, Floats x) {
-    store(out, load<Floats>(out) * fade + x * gain);
+  // out = out + x * gain
+  static INLINE void add_to(float* out, float gain, Floats x) {
+    store(out, load<Floats>(out) + x * gain);
   }
 
   static INLINE float sum(Floats x) {
@@ -69,10 +72,11 @@ struct Vector {
   // Nearest integer, half to even, of |x| < 2^22, left as the bits of a float: the low 23 bits are the integer.
   static INLINE Floats rounded(Floats x) { return (x + all(12582912.f)); }
 
-  // 2^x for x <= 0, relative error below 2^-22; 0 below -126, where fp32 leaves its normal range.
+  // 2^x, relative error below 2^-22; 0 below -126, where fp32 leaves its normal range, and 2^127 above 127.
   template <class F, class I>
   static INLINE F power_of_two(F x) {
-    const F held = x > F{} - 126.f ? x : F{} - 126.f;
+    F held = x > F{} - 126.f ? x : F{} - 126.f;
+    held = x > F{} + 127.f ? F{} + 127.f : held;
     const F shifted = held + 12582912.f;  // 1.5 * 2^23: the integer part is in the low bits
     const F r = held - (shifted - 12582912.f);
     F p = F{} + 1.326472707e-03f;
@@ -84,7 +88,10 @@ struct Vector {
     const F power = (F)(((I)shifted + 127) << 23);
     return x < F{} - 126.f ? F{} : p * power;
   }
-  static INLINE Floats exp2(Floats x) { return power_of_two<Floats, Ints>(x); }
+  template <int N>
+  static INLINE void exp2(Floats (&x)[N]) {
+    for (int i = 0; i < N; i++) x[i] = power_of_two<Floats, Ints>(x[i]);
+  }
 
   static INLINE float half(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
