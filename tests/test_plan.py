@@ -64,9 +64,9 @@ def test_what_fits_fits_and_one_token_more_does_not(folder: str) -> None:
 
 def test_quality_comes_from_the_records(folder: str) -> None:
     rooms = {room.spec: room for room in plan(folder, "1MiB", None, 1, 16.0, 0.1).rooms}
-    record = json.loads((Path(__file__).parents[1] / "results" / "presets-smollm2.json").read_text())
+    record = json.loads((Path(__file__).parents[1] / "results" / "models" / "smollm2.json").read_text())
     kl = next(row["logits"]["1024"]["kl_mean"] for row in record["rows"] if row["spec"] == str(parse("terse3")))
-    assert rooms["terse3"].kl["presets-smollm2"] == kl
+    assert rooms["terse3"].kl["smollm2"] == kl
 
 
 @pytest.mark.parametrize(

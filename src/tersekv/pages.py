@@ -4,7 +4,7 @@ A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. S
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
 (`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`), differences from a row
-(`results/presets-smollm2.json#against=kivi:bits=4`), a published table beside ours (`runs/published.toml#antkv`), or a
+(`results/models/smollm2.json#against=kivi:bits=4`), a published table beside ours (`runs/published.toml#antkv`), or a
 table of the registry: codecs, presets, bytes.
 """
 

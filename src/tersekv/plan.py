@@ -17,8 +17,8 @@ from tersekv.spec import Spec, parse
 from tersekv.terminal import UNITS, bytes_text
 
 MEMORY = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", re.IGNORECASE)
-# Records with measured quality: those of a checkout, or those that came with the package.
-RECORDS = (ROOT / "results", Path(__file__).parent / "_results")
+# Presets measured on several models, a record each: those of a checkout, or those that came with the package.
+RECORDS = (ROOT / "results" / "models", Path(__file__).parent / "_results" / "models")
 
 MOST = 2**40  # tokens; a cache that keeps a fixed number of them never fills its memory
 
@@ -42,7 +42,7 @@ class Room:
     one_user_tokens: int
     users: int
     shared_tokens: int
-    kl: dict[str, float]  # by the record it was measured in
+    kl: dict[str, float]  # by the model it was measured on
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def largest(needs: Callable[[int], int], free: int) -> int:
 
 
 def _measured() -> dict[str, dict[str, float]]:
-    """KL to the dense cache by spec and record, from the records of quality at hand."""
+    """KL to the dense cache by spec and model, from the records of quality at hand."""
     found: dict[str, dict[str, float]] = {}
     folders = [folder for folder in RECORDS if folder.is_dir()]
     for path in sorted(path for folder in folders[:1] for path in folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        for row in record["rows"] if "run" in record else []:
+        for row in record["rows"]:
             if logits := headline(row):
                 found.setdefault(row["spec"], {})[path.stem] = logits["kl_mean"]
     return found
