@@ -111,7 +111,8 @@ HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k
     check_tokens(t, i, blocks, pages);
   }
   part->arrays.emplace_back(pool), part->arrays.emplace_back(table);
-  part->before = multipliers_of(before, int64_t(part->rows.size()), *part), part->after = multipliers_of(after, 1, *part);
+  part->before = multipliers_of(before, int64_t(part->rows.size()), *part);
+  part->after = multipliers_of(after, 1, *part);
   part->before_each_row = before && before->shape(0) > 1;
   return part.release();
 }

@@ -12,8 +12,8 @@ namespace tersekv {
 struct Part {
   Side k, v;
   std::vector<Tokens> rows;                             // b * h
-  // What a query's channels are multiplied by before a Hadamard rotation into the domain of keys' codes, and an output's
-  // after one that leads out of that of values: signs, of queries also factors, then (b * h, d) of them.
+  // What channels of a query are multiplied by before a Hadamard rotation into the domain of keys' codes, and those of
+  // an output after one that leads out of that of values: signs, of queries also factors, then (b * h, d) of them.
   const float *before = nullptr, *after = nullptr;
   bool before_each_row = false;
   int b = 0, h = 0, d = 0;
