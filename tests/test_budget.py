@@ -10,14 +10,14 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3870,
+    ".": 3880,
     "bench": 2550,
     "calibrate": 1440,
     "codecs": 1560,
     "eval": 1560,
     "hf": 1500,
     "models": 600,
-    "ops": 1650,
+    "ops": 1690,
     "ops/cuda": 1350,
     "policy": 1330,
     "reports": 840,

@@ -132,8 +132,8 @@ def test_info_of_a_model_says_what_a_context_costs(said: Any, tmp_path: Path) ->
     assert status == 0
     assert facts["head_dim"] == facts["model"]["head_dim"] == 8
     assert facts["model"]["dense"] == 1024 * 2 * 8 * 2  # tokens, K and V, head dim, bytes; one layer, one KV head
-    blocks = (1024 - 4 - 64) // 64
-    assert facts["model"]["packed"] == blocks * facts["page_bytes"] + (1024 - 64 * blocks) * 2 * 8 * 2 + 2 * 8 * 8
+    blocks, beside = (1024 - 4 - 64) // 64, 2 * 8 * 8 + 4 * 8  # `QueryAware.beside`
+    assert facts["model"]["packed"] == blocks * facts["page_bytes"] + (1024 - 64 * blocks) * 2 * 8 * 2 + beside
     assert "1,024 tokens" in said("info", "terse4", "--model", str(folder), "--context", "1024")[1]
 
 
