@@ -65,10 +65,10 @@ struct Softmax {
   };
 
   template <bool ALL_SEEN>
-  __attribute__((noinline)) Quad highest() const {
+  __attribute__((noinline)) Quad highest(int of) const {
     Floats top[4];
     for (Floats& x : top) x = Isa::all(-INFINITY);
-    for (int b = 0; b < count; b++)
+    for (int b = 0; b < of; b++)
       for (int i = 0; i < R; i++) {
         const Scores<ALL_SEEN> score(*this, b, i, 0);
         for (int j = 0; j < BLOCK; j += Isa::LANES) top[i] = Isa::max(top[i], score(j));
@@ -143,14 +143,19 @@ struct Softmax {
     return Isa::sums(total) > Quad{} + ROOM;
   }
 
-  // Raises `top` for rows that have seen nothing so far, and for those to which it turns out to be too low.
+  Quad highest_of(int of) const { return all_seen ? highest<true>(of) : highest<false>(of); }
+
+  // Raises `top` for rows to which it turns out to be too low. Rows that have seen nothing yet begin with the highest of
+  // the first block they see, so that what weights are relative to, and how they round, does not depend on how many
+  // blocks a tile has.
   Quad try_all(Quad top, bool int8) {
-    Isa::QuadInts low = top == Quad{} - INFINITY;
+    const Quad none = Quad{} - INFINITY;
+    for (int of = 1; of <= count && Isa::any(top == none); of++) top = top == none ? highest_of(of) : top;
     for (int tries = 0; tries < 2; tries++) {
-      if (Isa::any(low)) top = low ? all_seen ? highest<true>() : highest<false>() : top;
-      const Quad finite = top > Quad{} - INFINITY ? top : Quad{};
-      low = all_seen ? attempt<true>(finite, int8) : attempt<false>(finite, int8);
+      const Quad finite = top > none ? top : Quad{};
+      const Isa::QuadInts low = all_seen ? attempt<true>(finite, int8) : attempt<false>(finite, int8);
       if (!Isa::any(low)) break;
+      top = low ? highest_of(count) : top;
     }
     return top;
   }

@@ -107,15 +107,13 @@ def test_fused_and_decoded_routes_agree(spec: str) -> None:
         assert torch.allclose(*outputs, atol=2e-5)
 
 
-@pytest.mark.parametrize(("route", "bound"), [("exact", 1e-5), ("fused", 2e-3)])
-def test_packed_prefill_is_decoding_token_by_token(route: str, bound: float) -> None:
-    """Many rows add up in another order than few, so a weight on a boundary of two integers may fall to either side."""
+@pytest.mark.parametrize("route", ["exact", "fused"])
+def test_packed_prefill_is_decoding_token_by_token(route: str) -> None:
     q, k, v = torch.randn(1, H, 400, D), torch.randn(1, H, 400, D), torch.randn(1, H, 400, D)
     whole = make("rotated:bits=2 prefill=packed").extend(q, k, v, NONE, 0.125, route)
     store = make("rotated:bits=2")
     steps = [store.extend(q[:, :, [i]], k[:, :, [i]], v[:, :, [i]], NONE, 0.125, route) for i in range(400)]
-    error = (whole - torch.cat(steps, 2)).abs()
-    assert error.max() <= bound and (error > 1e-5).float().mean() < 0.02
+    assert torch.allclose(whole, torch.cat(steps, 2), atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 67, 68, 100, 132, 250, 299, 300])
