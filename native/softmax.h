@@ -145,8 +145,8 @@ struct Softmax {
 
   Quad highest_of(int of) const { return all_seen ? highest<true>(of) : highest<false>(of); }
 
-  // Raises `top` for rows to which it turns out to be too low. Rows that have seen nothing yet begin with the highest of
-  // the first block they see, so that what weights are relative to, and how they round, does not depend on how many
+  // Raises `top` for rows to which it turns out to be too low. Rows that have seen nothing yet begin with the highest
+  // of the first block they see, so that what weights are relative to, and how they round, does not depend on how many
   // blocks a tile has.
   Quad try_all(Quad top, bool int8) {
     const Quad none = Quad{} - INFINITY;

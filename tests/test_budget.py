@@ -10,7 +10,7 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3880,
+    ".": 3910,
     "bench": 2550,
     "calibrate": 1440,
     "codecs": 1560,

@@ -209,8 +209,12 @@ def test_a_model_that_does_not_fit_is_not_called_damaged(tiny, monkeypatch):
     assert "delete the folder" not in str(caught.value)
 
 
+ELSEWHERE = ["tpu9", "hpu", "meta", "xla", "cuda:99"]  # devices that nobody has, or that torch says so of in its ways
+
+
 @pytest.mark.parametrize(
-    ("option", "words"), [({"dtype": "float61"}, 'mean "float16"'), ({"device": "tpu9"}, "tersekv doctor")]
+    ("option", "words"),
+    [({"dtype": "float61"}, 'mean "float16"'), *(({"device": name}, "tersekv doctor") for name in ELSEWHERE)],
 )
 def test_bad_dtype_or_device_is_refused_before_anything_is_fetched(monkeypatch, option, words):
     monkeypatch.setattr(loading, "locate", lambda *_: pytest.fail("something was fetched"))

@@ -1,5 +1,6 @@
 """A record names the commit and the processor it was made with."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,8 +35,14 @@ def test_checkout_and_archive_name_the_same_commit(tmp_path: Path) -> None:
     git("commit", "--allow-empty", "-m", "second")
     # The archive lies inside a checkout whose commit is another by now.
     assert record._commit(archive) == head != record._commit(checkout)
-    source.write_text("changed")
-    assert record._commit(checkout).endswith("+changes")
+    named = []
+    for text in ("changed", "changed again", "changed"):
+        source.write_text(text)
+        named.append(record._commit(checkout))
+        assert re.fullmatch(r"[0-9a-f]{40}\+changes\.[0-9a-f]{8}", named[-1])
+    assert named[0] == named[2] != named[1]
+    (source.parent / "untracked.py").write_text("new")
+    assert record._commit(checkout) not in named
 
 
 def test_no_git_and_no_archive_is_an_unknown_commit(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_step_is_its_parts(spec: str, dtype: torch.dtype, isa: str) -> None:
     for d, n, b, t in ((64, 1, 1, 300), (80, 2, 2, 200), (128, 5, 1, 140), (64, 1, 1, 2)):
         for exact in (True, False):
             store, (q, k, v) = filled(spec, t, d, b, dtype), drawn(n, d, b, dtype)
-            tail = Tail.behind(store.tiers, ROOM, q)
+            tail = Tail.behind(store.tiers, store.spec.policy, q)
             assert tail is not None and tail.claim(0, n)
             got = native.step(q, k, v, tail.parts, tail.native, 0, 0.125, exact, isa)
             assert got is not None and got.dtype == dtype and got.transpose(1, 2).is_contiguous()
@@ -88,14 +88,15 @@ def test_a_step_of_ragged_sequences() -> None:
     assert store.lengths.tolist() == [301, 88]
 
 
+@pytest.mark.parametrize("policy", ["", " policy=queryaware observe=150"])
 @settings(max_examples=15, deadline=None)
 @given(chunks=st.lists(st.integers(1, 20), min_size=1, max_size=25))
-def test_any_steps_store_what_one_append_does(chunks: list[int]) -> None:
+def test_any_steps_store_what_one_append_does(policy: str, chunks: list[int]) -> None:
     torch.manual_seed(sum(chunks))
     q, k, v = drawn(64 + sum(chunks))
-    once = Store(parse("rotated:bits=3 sink=3 recent=20"), 1, H, 64, torch.float32, torch.device("cpu"))
+    once = Store(parse(f"rotated:bits=3 sink=3 recent=20{policy}"), 1, H, 64, torch.float32, torch.device("cpu"))
     often, start = once.at(once.state), 0
-    once.append(k, v, None)
+    once.append(k, v, None, (q, 0.125))
     for n in (64, *chunks):
         often.extend(*(x[:, :, start : start + n] for x in (q, k, v)), None, 0.125)
         start += n
@@ -111,6 +112,28 @@ def assert_same(one: Store, other: Store) -> None:
             x["pool"], y["pool"] = (tier.pool[tier.table.long()] for tier in (a, b))
             del x["table"], y["table"]
         assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_queries_wait_with_their_tokens_as_long_as_a_policy_asks_for_them() -> None:
+    """Decoding is one native call from the start, whose tokens are packed for the queries that came with them."""
+    store = Store(parse("rotated:bits=3 policy=queryaware observe=250"), 1, H, 64, torch.float32, torch.device("cpu"))
+    other = store.at(store.state)
+    for mine in (store, other):
+        torch.manual_seed(0)
+        q, k, v = drawn(100)
+        mine.append(k, v, None, (q, 0.125))
+    kept = []
+    for _ in range(300):
+        q, k, v = drawn(1)
+        before = other.state
+        slow = other.extend(q, k, v, None, 0.125, "decoded")
+        assert other.state[1] is None and before is not other.state
+        fast = store.step(q, k, v, 0.125, "exact")
+        assert fast is not None and torch.allclose(fast, slow, atol=1e-4)
+        tail = store.state[1]
+        kept.append(isinstance(tail, Tail) and tail.q is not None)
+    assert kept[10] and kept[145] and not kept[160] and not kept[-1]
+    assert_same(store, other)
 
 
 @pytest.mark.parametrize("keep", [128, 150, 200])

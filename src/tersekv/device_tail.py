@@ -68,7 +68,7 @@ class DeviceTail:
     def refusal(tiers: Tiers, policy: Policy) -> str:
         """Why decoding steps behind these tiers are not a matter of launches alone; empty if they are."""
         packed = tiers.packed.get("packed")
-        if not isinstance(policy, Window) or not policy.steps_on_device or packed is None:
+        if not isinstance(policy, Window) or not policy.decodes_as_window or packed is None:
             return "the policy does more with new tokens than to pack them in the order in which they came"
         if not (packed.k.folds_by_rotation and packed.v.folds_by_rotation) or packed.block != ops.BLOCK:
             return f"a codec's domain is more than a rotation away, or its blocks are not of {ops.BLOCK} tokens"

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tersekv.ops import implementation
 
 PACKAGES = ("torch", "transformers", "numpy")
 ROOT = Path(__file__).parents[2]
+SOURCES = ("src/tersekv", "native")
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
@@ -50,17 +52,29 @@ def processor() -> str:
 
 
 def _commit(root: Path = ROOT) -> str:
-    """The commit that an archive carries, or that of a checkout, with "+changes" if the package is not clean."""
+    """The commit that an archive carries, or that of a checkout.
+
+    If the package is not clean, "+changes" and a hash of all its sources follow, so that a run is not gone on with by
+    other code.
+    """
     archival = root / ".git_archival.txt"
     # First, because an archive may lie inside another project's checkout. In our own it holds no commit.
     if archival.is_file() and (node := re.search("^node: ([0-9a-f]{40})$", archival.read_text(), re.MULTILINE)):
         return node[1]
-    asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "src/tersekv"]]
+    asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", *SOURCES]]
     try:
         said = [subprocess.run(a, cwd=root, capture_output=True, text=True, check=True).stdout.strip() for a in asked]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return said[0] + ("+changes" if said[1] else "")
+    return said[0] + (f"+changes.{_digest(root)}" if said[1] else "")
+
+
+def _digest(root: Path) -> str:
+    digest = sha256()
+    for path in sorted(path for name in SOURCES for path in (root / name).rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def write(record: dict[str, Any], path: Path) -> None:

@@ -104,14 +104,14 @@ class Store:
         On a GPU the device is not waited for: see `DeviceTail.claim` for tokens that are not finite. `moved` is called
         there, before anything is stored, when the tokens held were copied to memory with room.
         """
-        if route == "decoded" or self.spec.policy.asking(self.state[0]):
+        if route == "decoded":
             return None
         if q.device.type == "cuda":
             return self._step_on_device(q, k, v, scale, moved) if route == "fused" else None
         (tiers, tail, count), n = self.state, q.shape[2]
         if not isinstance(tail, Tail) or not tail.claim(count, n):
             tiers, count = self.tiers, 0
-            tail = Tail.behind(tiers, self.spec.policy.room(tiers), q) if tiers.seen.any() else None
+            tail = Tail.behind(tiers, self.spec.policy, q) if tiers.seen.any() else None
             if tail is None or not tail.claim(0, n):
                 return None
         out = tail.step(q, k, v, count, scale, route == "exact")

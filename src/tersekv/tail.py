@@ -24,32 +24,38 @@ class Tail:
     back while a copy went on, something is in the way.
     """
 
-    def __init__(self, tiers: Tiers, room: int) -> None:
+    def __init__(self, tiers: Tiers, room: int, q: Tensor | None = None) -> None:
+        """`q`: queries such as those that must be kept with the tokens, because the policy asks for them."""
         like = tiers.dense["recent"].k
         b, h, _, d = like.shape
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             self.k, self.v = (torch.empty(b, h, room, d, dtype=like.dtype, device=like.device) for _ in range(2))
+            self.q = None if q is None else q.new_empty(b, q.shape[1], room, d)
         self.tiers, self.room, self.written, self.lock = tiers, room, 0, Lock()
         self.parts = [tier.part for tier in tiers.all().values()]
         self.native = ops.tail(self.k, self.v)
 
     @staticmethod
-    def behind(tiers: Tiers, room: int, q: Tensor) -> "Tail | None":
-        """A tail for queries such as `q`, or None where native code cannot do their steps."""
-        if not ops.few_on_processor(q) or any(tier.part is None for tier in tiers.all().values()):
+    def behind(tiers: Tiers, policy: Policy, q: Tensor) -> "Tail | None":
+        """A tail for queries such as `q`, or None where native code cannot do their steps, or no token may wait."""
+        asking = policy.asking(tiers)
+        if not ops.few_on_processor(q) or (asking and not policy.decodes_as_window):
             return None
-        return Tail(tiers, min(room, ROOM))
+        if any(tier.part is None for tier in tiers.all().values()):
+            return None
+        return Tail(tiers, min(policy.room(tiers), ROOM), q if asking else None)
 
     def full(self, count: int) -> bool:
         return count == self.room
 
     def settled(self, policy: Policy, count: int) -> Tiers:
         """The tiers after the first `count` tokens, which the policy is given now."""
-        return policy.place(self.tiers, self.tokens(count)) if count else self.tiers
+        asked = None if self.q is None else (self.q[:, :, :count], self.scale)
+        return policy.place(self.tiers, self.tokens(count), asked) if count else self.tiers
 
     def planes(self) -> dict[str, int]:
         """Bytes that are held beside the tiers'."""
-        return {"k": storage_bytes(self.k), "v": storage_bytes(self.v)}
+        return {name: storage_bytes(x) for name, x in (("k", self.k), ("v", self.v), ("q", self.q)) if x is not None}
 
     def claim(self, held: int, more: int) -> bool:
         """Whether the holder of the first `held` tokens may write `more`; from then on nobody else may."""
@@ -69,7 +75,10 @@ class Tail:
         exact: bool,
     ) -> Float[Tensor, "b hq n d"] | None:
         """Write tokens that were claimed, and attend to all tokens, causally to the new ones. See `ops.step`."""
-        return ops.step(q, k, v, self.parts, self.native, held, scale, exact)
+        out = ops.step(q, k, v, self.parts, self.native, held, scale, exact)
+        if self.q is not None and out is not None:
+            self.q[:, :, held : held + q.shape[2]], self.scale = q, scale
+        return out
 
     def tokens(self, count: int) -> DenseTier:
         """The first `count`, as a policy takes them."""

@@ -79,12 +79,14 @@ class Rotated(Codec):
         )
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
-        return self.encode_for(x, None)
+        return self._encoded(rotate(x, self.seed), None)  # in PyTorch: it is what native encoders are compared with
 
     def encode_for(self, x: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"] | None) -> Packed:
-        d = x.shape[-1]
-        # What native encoders are compared with must not be native itself.
-        y, planes = centred((rotate if asked is None else ops.rotate)(x, self.seed), self.mean)
+        return self.encode(x) if asked is None else self._encoded(ops.rotate(x, self.seed), asked)
+
+    def _encoded(self, rotated: Float[Tensor, "*lead block d"], asked: Float[Tensor, "*#lead d d"] | None) -> Packed:
+        d = rotated.shape[-1]
+        y, planes = centred(rotated, self.mean)
         energy = channel_sum(y * y)
         norm = root(energy)
         z = y * unit_scale(norm, d)[..., None]

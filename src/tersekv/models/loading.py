@@ -75,12 +75,14 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).splitlines()[0]
+        one = torch.ones(1, device=device)
+        one.item()  # which "meta" has not
+    except (RuntimeError, AssertionError, ImportError) as error:  # ImportError: a device whose package is not there
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f'Device "{device}" cannot be used here ({why}). Run "tersekv doctor" for the devices there are.'
         ) from error
+    return one.device
 
 
 def _unloadable(located: Located, error: Exception) -> str:

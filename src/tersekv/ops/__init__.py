@@ -75,7 +75,7 @@ def pages_part(
     """Pages as `step` takes them, with the way into the domain of their codes: see `multipliers`. None if it cannot."""
     d = pages.k_layout.d
     rotated = k_rotation is not None or v_rotation is not None
-    if not native.reads(pages) or (rotated and d % 16) or (factors is not None and k_rotation is None):
+    if not native.reads(pages) or (rotated and d % 16):
         return None
     return native.pages_part(pages, *multipliers(k_rotation, v_rotation, d, pages.pool.device, factors))
 

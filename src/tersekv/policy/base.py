@@ -22,11 +22,11 @@ class Policy(ABC):
     prefills: ClassVar[tuple[str, ...]] = ("exact", "packed")  # see `spec.Spec`
     # Whether decoding is the window's: new tokens wait in "recent", and its oldest whole blocks are packed. Not
     # inherited: a policy that places tokens otherwise than its parent must not be taken for it.
-    steps_on_device: ClassVar[bool] = False
-    asks: ClassVar[bool] = False  # whether `place` needs the queries of every token, so that none may wait in a tail
+    decodes_as_window: ClassVar[bool] = False
+    asks: ClassVar[bool] = False  # whether `place` needs the queries of every token
 
     def __init_subclass__(cls) -> None:
-        cls.steps_on_device = cls.__dict__.get("steps_on_device", False)
+        cls.decodes_as_window = cls.__dict__.get("decodes_as_window", False)
 
     @abstractmethod
     def tiers(self, k: Codec, v: Codec, empty: DenseTier) -> Tiers:

@@ -67,7 +67,7 @@ class QueryAware(Window):
 
     observe: int = 512
 
-    steps_on_device: ClassVar = True  # once the queries of the first tokens were seen
+    decodes_as_window: ClassVar = True
     asks: ClassVar = True
 
     def __post_init__(self) -> None:
@@ -86,8 +86,10 @@ class QueryAware(Window):
 
     def asking(self, tiers: Tiers) -> bool:
         """Until queries were summed, and every row has its factors."""
-        mine = query_tiers(tiers)
-        return bool(((mine.counted < self.observe) | ~mine.balanced).any())
+        counted, balanced = (
+            x.numpy() for x in query_tiers(tiers).tensors().values()
+        )  # quicker than torch's, each step
+        return bool(counted.min(initial=self.observe) < self.observe or not balanced.all())
 
     def place(self, tiers: Tiers, fresh: DenseTier, asked: Asked | None = None) -> Tiers:
         """As the window's. A block is encoded for what was asked up to the token that made it due."""

@@ -25,7 +25,7 @@ class Window(Policy):
     sink: int = 4
     recent: int = 64
 
-    steps_on_device: ClassVar = True
+    decodes_as_window: ClassVar = True
 
     def __post_init__(self) -> None:
         for name in ("sink", "recent"):

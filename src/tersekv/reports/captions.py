@@ -11,7 +11,7 @@ def caption(record: Record) -> str:
     """Of a record of `tersekv eval` or `tersekv bench`: how, on what, with what."""
     versions = ", ".join(f"{name} {text}" for name, text in record["versions"].items())
     where = f"{record['device']}, ops: {record['implementation']}, {versions}"
-    made = f"{where}, commit {record['commit'][:10]}, {record['date']}."
+    made = f"{where}, commit {_short(record['commit'])}, {record['date']}."
     if threads := record.get("settings", {}).get("threads"):
         made = f"{threads} thread{'s' * (threads > 1)} of {made}"
     if "run" not in record:
@@ -86,3 +86,9 @@ DEPTHS = {
     "tasks": _tasks,
     "speed": _speed,
 }
+
+
+def _short(commit: str) -> str:
+    """Ten digits, and whether there were changes."""
+    name, plus, changes = commit.partition("+")
+    return name[:10] + plus + changes
