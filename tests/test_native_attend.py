@@ -137,6 +137,25 @@ def test_instruction_set_runs(isa: str) -> None:
         pytest.skip(f"{isa} does not run on this processor, or is not in this build")
 
 
+@pytest.mark.parametrize("isa", RUN)
+@pytest.mark.parametrize("sides", ["2/3 bits, mean", "groups, as KIVI", "channels first"])
+def test_a_row_does_not_depend_on_those_beside_it(sides: str, isa: str) -> None:
+    """Bit for bit up to eight rows; more are added up in another order, and so are those of plain loops, as compilers
+    like. Some rows have scores that grow far above the first block's, so that their exponentials are computed again and
+    those of the others with them."""
+    case = make_case(*SIDES[sides], 64, 1, 64, [[700, 320]])
+    q = case.q * torch.where(torch.arange(64) % 3 == 0, 30, 1)[:, None]
+
+    def by(n: int) -> Tensor:
+        parts = (native.attend_pages(part, case.native, case.scale, False, isa)[0] for part in q.split(n, 2))
+        return torch.cat(list(parts), 2)
+
+    alone = by(1)
+    for n in (2, 3, 4, 5, 8, 9, 64):
+        exactly = n <= 8 and isa != "portable"
+        assert torch.allclose(by(n), alone, rtol=0, atol=0 if exactly else 2e-5)
+
+
 def test_weights_far_below_the_largest() -> None:
     """A block whose exponentials are denormal must count as nothing, not as infinity over infinity."""
     case = make_case("4 uniform", "4 uniform scale:fp16", 64, 2, 1, [[128]])

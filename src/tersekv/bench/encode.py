@@ -86,7 +86,17 @@ def _native(x: torch.Tensor, bits: int) -> dict[str, Callable[[], Any]]:
             ):
                 raise TersekvError(f"Parity gate: the native bytes of {name} differ from torch's. No timing.")
             encoders[f"native {name}{note}"] = partial(ops.encode, codec, values, layout, pages)
-    return encoders
+    return encoders | {"native rotated with block mean, for queries": _for_queries(x, bits)}
+
+
+def _for_queries(x: torch.Tensor, bits: int) -> Callable[[], Any]:
+    """Keys as `policy=queryaware` has them encoded, for queries that look along few directions. Tests have the gate."""
+    codec, d = Rotated(bits, mean="block"), x.shape[-1]
+    q = torch.randn(512, d // 8, generator=(drawn := torch.Generator().manual_seed(0)))
+    q = q @ torch.randn(d // 8, d, generator=drawn) + torch.randn(512, d, generator=drawn)
+    layout, asked = _keys_layout(codec, d), codec.asked((q.mT @ q).double())
+    pages = torch.empty(len(x), layout.nbytes, dtype=torch.uint8)
+    return partial(ops.encode, codec, x, layout, pages, asked)
 
 
 def _keys_layout(codec: Codec, d: int) -> Layout:
