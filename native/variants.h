@@ -37,7 +37,7 @@ constexpr LookUp LOOK_UP[3][4] = {EACH_BITS(look_up_block), EACH_BITS(trellis_le
 template <int R, bool ZERO>
 void softmax(const Job& job, const Queries& q, const Block* blocks, int count, Sums& sums, Strip& strip, int row,
              const Ahead* ahead, bool all_seen, float* max, int64_t at, bool int8) {
-  Softmax<R, ZERO>{job, q, blocks, count, sums, strip, row, ahead, all_seen, {}, {}}(max, at, int8);
+  Softmax<R, ZERO>(job, q, blocks, count, sums, strip, row, ahead, all_seen)(max, at, int8);
 }
 constexpr decltype(&softmax<1, false>) SOFTMAX[2][STRIP] = {
     {softmax<1, false>, softmax<2, false>, softmax<3, false>, softmax<4, false>},

@@ -78,14 +78,14 @@ struct Zmm : Vector {
     return (Quad)quad_sum(half[0], half[1], half[2], half[3]);
   }
   // As the portable one, with the polynomial's argument in 0..1: vscalefps rounds exponents down, and goes to zero by
-  // itself.
+  // itself. A rounding and a difference take half the time of vreduceps.
   template <int N>
   static INLINE void exp2(Floats (&x)[N]) {
     constexpr float FACTORS[] = {8.989339694e-03f, 5.582631752e-02f, 2.401536107e-01f, 6.931530833e-01f,
                                  9.999999404e-01f};
     Floats r[N], p[N];
     for (int i = 0; i < N; i++) {
-      r[i] = (Floats)_mm512_reduce_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      r[i] = x[i] - (Floats)_mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
       p[i] = all(1.877576695e-03f);
     }
     for (const float factor : FACTORS)
