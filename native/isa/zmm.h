@@ -78,7 +78,7 @@ struct Zmm : Vector {
     return (Quad)quad_sum(half[0], half[1], half[2], half[3]);
   }
   // As the portable one, with the polynomial's argument in 0..1: vscalefps rounds exponents down, and goes to zero by
-  // itself, even from the NaN that -inf leaves as an argument. A rounding and a difference take half of vreduceps's time.
+  // itself, even from the NaN that -inf leaves as an argument. Rounding and subtracting take half of vreduceps.
   template <int N>
   static INLINE void exp2(Floats (&x)[N]) {
     constexpr float FACTORS[] = {8.989339694e-03f, 5.582631752e-02f, 2.401536107e-01f, 6.931530833e-01f,
