@@ -90,6 +90,8 @@ class Info:
     @property
     def attention(self) -> str:
         """What attends to these pages on a processor, and why nothing faster does."""
+        if self.spec.policy.evaluation_only:
+            return "reference (for evaluation only: no page is made, and no byte saved)"
         reasons = refusals(self.sides)
         return f"reference ({reasons})" if reasons else implementation("cpu")
 
