@@ -21,6 +21,7 @@ from tersekv.layout import BLOCK
 from tersekv.ops import refusals
 from tersekv.spec import parse, parse_codec
 from tersekv.terminal import Stages
+from tersekv.testing import check_codec
 
 D = 64
 
@@ -87,6 +88,11 @@ def test_groups_of_one_width_are_read_by_kernels(tmp_path: Path) -> None:
     reason = {codec: refusals({"k": (codec.layout(D), codec.recipe(D))}) for codec in (one, eight)}
     assert reason[one] == refusals({"k": (Rotated(3, mean="block").layout(D), Rotated(3).recipe(D))})
     assert "grid of several widths" in reason[eight]
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_fitted_transforms_pass_the_conformance_list(groups: int, tmp_path: Path) -> None:
+    check_codec(made(tmp_path / "x", 2, groups), "k", (D,))
 
 
 @pytest.mark.parametrize("scale", ["unbiased", "norm"])

@@ -25,6 +25,7 @@ from tersekv.ops.rope import turned
 from tersekv.spec import parse
 from tersekv.store import Store
 from tersekv.terminal import Stages
+from tersekv.testing import check_codec
 
 SHAPE = Shape(bits=3, rounds=8)
 
@@ -119,6 +120,12 @@ def test_a_stopped_calibration_goes_on_and_gives_the_same(calibration: Settings,
     one, two, after = (Books.load(tmp_path / f"{name}.x").tensors for name in ("one", "two", "after"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["0.k.0"], after["0.k.0"]) and "0.rope" not in after
+
+
+def test_fitted_levels_pass_the_conformance_list(calibration: Settings, tmp_path: Path) -> None:
+    spec = parse(run(calibration, tmp_path / "run", tmp_path / "x", replace(SHAPE, rope="after")).spec)
+    for side, codec in (("k", spec.k), ("v", spec.v)):
+        check_codec(codec.at(2), side, (32,))
 
 
 def test_keys_before_rope_in_a_model(books: FittedLevels, llama: PreTrainedModel, tmp_path: Path) -> None:

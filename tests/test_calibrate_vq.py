@@ -32,6 +32,7 @@ from tersekv.prompt import prompt_ids
 from tersekv.spec import parse
 from tersekv.store import Store
 from tersekv.terminal import Stages
+from tersekv.testing import check_codec
 
 SHAPE = Shape(dim=4, index=4, rounds=4)
 
@@ -114,6 +115,12 @@ def test_books_say_where_they_come_from_and_work(books: FittedBooks, llama: PreT
     spec = parse(books.spec)
     grown = sequence_bytes(llama.config, spec, 300) - sequence_bytes(llama.config, parse("vq:dim=4"), 300)
     assert grown < books.nbytes
+
+
+def test_fitted_books_pass_the_conformance_list(books: FittedBooks) -> None:
+    spec = parse(books.spec)
+    for side, codec in (("k", spec.k), ("v", spec.v)):
+        check_codec(codec.at(2), side, (32,))
 
 
 def test_each_layer_side_and_head_has_its_own_books(books: FittedBooks) -> None:
