@@ -7,6 +7,7 @@ from conftest import make_model
 from tersekv import SpecError, parse
 from tersekv.models import LoadedModel
 from tersekv.prompt import project_text, prompt_ids
+from tersekv.registry import POLICIES
 from tersekv.terminal import Stages, to_text
 from tersekv.trial import run, split_words
 
@@ -38,6 +39,16 @@ def test_rows_agree_with_what_was_generated(loaded: LoadedModel) -> None:
     assert dense.ratio == 1 and exact.ratio < 1.01 < four.ratio < two.ratio
     shown = to_text(trial, 160)
     assert "rotated:bits=4" in shown and f"{two.kl:.4f}" in shown
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_can_be_tried(policy: str, loaded: LoadedModel) -> None:
+    codec = "direction:bits=8" if policy == "wholesequence" else "rotated:bits=8"
+    options = {"streaming": " keep=200", "snapkv": " keep=200"}.get(policy, "")
+    with Stages() as stages:
+        trial = run(loaded, [parse(f"{codec} policy={policy}{options}")], "a prompt of letters " * 20, 70, stages)
+    _, row = trial.rows
+    assert row.tokens == trial.prompt_tokens + 69 and row.kl < (0.5 if options else 0.01)
 
 
 def test_words_are_specs_and_a_last_prompt() -> None:

@@ -129,7 +129,7 @@ def _generate(
     with attached(model) if arm.spec else nullcontext():
         stages(f"{name}: prefill of {ids.shape[1]:,} tokens")
         first, prefill = _timed(model, ids, arm.cache)
-        fork = _Fork(arm.cache.copy("packed") if isinstance(arm.cache, PackedCache) else arm.cache, first)
+        fork = _Fork(_scored(arm.cache), first)
         tokens, logits, seconds = _greedy(model, arm.cache, first, count, lambda s: stages(f"{name}: decode", s))
     text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
     speed = (len(tokens) - 1) / seconds if seconds else 0.0
@@ -145,13 +145,21 @@ class _Fork:
     first: Tensor
 
 
+def _scored(cache: Cache) -> Cache:
+    """A copy that shows each token of a chunk what decoding would, where the policy has such a prefill."""
+    if not isinstance(cache, PackedCache):
+        return cache
+    return cache.copy("packed" if "packed" in cache.spec.policy.prefills else None)
+
+
 @torch.inference_mode()
 def _score(model: PreTrainedModel, arm: Arm, first: Tensor, tokens: list[int], logits: Tensor) -> dict[str, float]:
     """Divergence from the dense logits on the dense tokens, each of which sees what decoding would show it."""
     divergence, ids = Divergence(), torch.tensor([tokens], device=model.device)
     said = [first]
     if len(tokens) > 1:
-        said.append(forward(model, ids[:, :-1], arm).float())
+        alone = isinstance(arm.cache, PackedCache) and arm.cache.spec.prefill != "packed"
+        said += [forward(model, part, arm).float() for part in ids[:, :-1].split(1 if alone else len(tokens), 1)]
     divergence.add(logits, torch.cat(said), ids[0])
     return divergence.summary()
 
