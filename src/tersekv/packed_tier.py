@@ -198,7 +198,8 @@ class PackedTier:
     def pages(self) -> Pages:
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
         recipes = self.k.recipe(self.d), self.v.recipe(self.d)
-        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
+        full = bool((self.lengths == self.table.shape[2] * self.block).all())
+        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes, full)
 
     @cached_property
     def part(self) -> Any:
