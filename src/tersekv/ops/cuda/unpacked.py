@@ -1,6 +1,6 @@
 """Attention of very many query rows on a GPU: some thousand tokens at a time are unpacked, and cuDNN attends to them.
 
-`chunk.cu` unpacks a page anew for every 128 query rows. From `MANY_ROWS` on it is quicker to do so once, into memory
+`chunk.cu` unpacks a page anew for every 128 query rows. Where these are many it is quicker to do so once, into memory
 that the next tokens use again.
 """
 
@@ -17,8 +17,10 @@ from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid
 from tersekv.ops.trellis import Trellis
 
-MANY_ROWS = 1024  # query rows for each KV head
-TILE_BYTES = 2**26  # of unpacked keys and values: no call holds a dense copy of a history
+# How many times as long as this route `chunk.cu` takes for rows that fill the GPU, by head dim (H100, 32,768 tokens).
+GAIN = {64: 1.77, 128: 1.95, 256: 4.46}
+TILE_ROWS = 128  # query rows that a multiprocessor works on; cuDNN does not share out the tokens of one tile
+TILE_BYTES = 2**27  # of unpacked keys and values, of one layer: with 8 KV heads of 128 channels, 32,768 tokens
 MOST_WAITING = 4  # partial results that are held until they are joined
 
 
@@ -34,9 +36,12 @@ class Arguments(Structure):
 
 def pays(rows: int, pages: Pages) -> bool:
     """Measured on Hopper alone. cuDNN is not told of lengths, so every row must hold all of its blocks."""
-    gpu = attending.limits(pages.pool.device.index)
+    gpu, (b, h, _) = attending.limits(pages.pool.device.index), pages.table.shape
     cudnn = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
-    return rows >= MANY_ROWS and pages.full and cudnn and gpu.major == 9
+    if gpu.major != 9 or not cudnn or not pages.full or pages.k_layout.d not in GAIN:
+        return False
+    tiles = b * h * -(-rows // TILE_ROWS)
+    return -(-tiles // gpu.processors) * gpu.processors < GAIN[pages.k_layout.d] * tiles
 
 
 @lru_cache
