@@ -119,10 +119,11 @@ def test_outlier_channels_are_kept_apart() -> None:
     assert error("outliers", x) < 0.5 * error("turboquant:bits=2", x)
 
 
-def test_two_axes_undo_what_scales_tokens_and_channels() -> None:
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_two_axes_undo_what_scales_tokens_and_channels(axis: str) -> None:
     """Rotated values that are a Gaussian times a factor a token and a factor a channel: 3 bits do as if they were not.
 
-    One axis alone cannot: it leaves the channels' factors in a token's range.
+    One axis alone cannot: it leaves the other's factors in a range.
     """
     d = 64
     even = torch.randn(4, BLOCK, d)
@@ -133,9 +134,15 @@ def test_two_axes_undo_what_scales_tokens_and_channels() -> None:
         back = codec.fold_query(codec.decode(codec.encode(codec.unfold_output(rotated))))
         return float(((back - rotated) / divisor).square().mean())
 
-    both = relative("twoaxis:bits=3", even * factors, factors)
-    assert both < 1.3 * relative("twoaxis:bits=3", even, torch.ones(d))
-    assert both < 0.1 * relative("twoaxis:bits=3,rounds=0", even * factors, factors)
+    codec = f"twoaxis:bits=3,axis={axis}"
+    both = relative(codec, even * factors, factors)
+    assert both < 1.3 * relative(codec, even, torch.ones(d))
+    assert both < 0.1 * relative(f"{codec},rounds=0", even * factors, factors)
+
+
+def test_two_axes_hold_keys_with_biases_only_if_a_channel_shares_a_range() -> None:
+    x = biased_keys()
+    assert error("twoaxis:bits=3", x) < 0.05 < 0.25 < error("twoaxis:bits=3,axis=token", x)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])

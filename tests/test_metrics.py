@@ -56,6 +56,14 @@ def test_tensor_metrics_by_hand() -> None:
     assert logit_error(logits, logits + 7, seen).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["window", "anchors permille=50", "queryaware"])
+def test_keys_are_compared_with_what_they_came_as(policy: str) -> None:
+    """Under `anchors` tokens of a block are no neighbours: their errors are still those of the codec, 8 bits."""
+    q, k, v = torch.randn(1, 4, 500, 64), torch.randn(1, 2, 500, 64), torch.randn(1, 2, 500, 64)
+    found = fidelity(Seen(0, q, k, v, 0.125, q), parse(f"rotated:bits=8 policy={policy} prefill=packed"))
+    assert found["k_error"].values.max() < 0.05 and found["v_error"].values.max() < 0.05
+
+
 def test_the_worst_head_by_hand() -> None:
     # Two layers of two heads and two tokens; heads' means .9, .5, .8, .7: 5 % of heads are below .5 + .15 * .2.
     values = np.array([[[1.0, 0.8], [0.9, 0.1]], [[0.7, 0.9], [0.7, 0.7]]])

@@ -125,6 +125,23 @@ def test_what_the_kernels_read_is_what_the_pages_of_the_methods_say(spec: str, w
     assert (outputs[0] - outputs[1]).abs().max() <= 256 * torch.finfo(torch.float32).eps * v.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("rotated", ""),
+        ("k=rotated:bits=2 v=trellis:bits=2", ""),
+        ("kivi", "keys: "),
+        ("trellis", "keys: "),
+        ("polar", "recipe polar"),
+    ],
+)
+def test_info_says_who_reads_pages_on_a_gpu_without_one(spec: str, why: str) -> None:
+    found = Info(parse(spec), 128)
+    said = found.attention_cuda
+    assert said.startswith("reference (") and why in said if why else said == "CUDA"
+    assert found.as_dict()["attention_cuda"] == said
+
+
 def test_a_head_dim_beyond_the_kernels_scratch_runs_on_the_reference() -> None:
     d, none = 576, np.zeros(1, dtype=np.int64)
     outputs = []

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tersekv.errors import SpecError, did_you_mean
@@ -57,6 +57,26 @@ class Codec(ABC):
         if asked is not None:
             raise SpecError(f"{type(self).__name__} cannot encode for queries. Use a codec that can, such as rotated.")
         return self.encode(x)
+
+    def rounded(self, x: Float[Tensor, "b h t d"], counted: Bool[Tensor, "b h t"]) -> Float[Tensor, "b h t d"]:
+        """What all `counted` tokens together would be read as in fp32, by ranges of the whole sequence.
+
+        For evaluation only, see `policy.wholesequence`: a block knows nothing of other blocks.
+        """
+        raise SpecError(f"{self} has no form of a whole sequence. Use direction by channels, or another policy.")
+
+    @property
+    def whole(self) -> bool:
+        """Whether only `rounded` can do what the options say, and no block on its own."""
+        return False
+
+    def check_blocks(self) -> None:
+        """Raises SpecError if it cannot encode blocks."""
+        if self.whole:
+            raise SpecError(
+                f"{self} is of a whole sequence, for evaluation only: no block can be encoded so. Add "
+                "policy=wholesequence."
+            )
 
     @property
     def positional(self) -> bool:

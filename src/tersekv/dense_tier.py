@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ class DenseTier:
     v: Float[Tensor, "b h t d"]
     positions: Int[Tensor, "b h t"]
     lengths: Lengths
+
+    rounded: ClassVar[bool] = False  # whether its tokens are read as they came
 
     @staticmethod
     def empty(b: int, h: int, d: int, dtype: torch.dtype, device: torch.device) -> "DenseTier":

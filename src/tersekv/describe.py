@@ -90,8 +90,18 @@ class Info:
     @property
     def attention(self) -> str:
         """What attends to these pages on a processor, and why nothing faster does."""
-        reasons = refusals(self.sides)
-        return f"reference ({reasons})" if reasons else implementation("cpu")
+        return self._attention("cpu", implementation("cpu"))
+
+    @property
+    def attention_cuda(self) -> str:
+        """The same on an NVIDIA GPU, whether there is one or not."""
+        return self._attention("cuda", "CUDA")
+
+    def _attention(self, device: str, kernels: str) -> str:
+        if self.spec.policy.evaluation_only:
+            return "reference (for evaluation only: no page is made, and no byte saved)"
+        reasons = refusals(self.sides, device)
+        return f"reference ({reasons})" if reasons else kernels
 
     @property
     def page_bytes(self) -> int:
@@ -111,6 +121,7 @@ class Info:
             "planes": planes,
             "recipes": {side: recipe.name for side, (_, recipe) in self.sides.items()},
             "attention": self.attention,
+            "attention_cuda": self.attention_cuda,
             "model": self.model,
         }
 
@@ -120,7 +131,7 @@ class Info:
             f"{self.spec} at head dim {self.head_dim}: a page of {block} tokens is {self.page_bytes:,} bytes, "
             f"{self.page_bytes / block:.2f} bytes a token and head (bf16: {4 * self.head_dim})\n"
             f"recipes: {', '.join(f'{recipe.name} for {side}' for side, (_, recipe) in self.sides.items())}; "
-            f"attention on a processor by {self.attention}"
+            f"attention on a processor by {self.attention}; on an NVIDIA GPU by {self.attention_cuda}"
         )
         parts = [head, self._planes(), self._picture()]
         return Group(*parts, *([self._cost(self.model)] if self.model else []))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tersekv.hf.cache import PackedCache
     from tersekv.hf.layer import PackedLayer
 
-# Version 2: `trellis` has other tables. 3: `queryaware` has factors of channels.
-FILE = Sealed("tersekv-cache", 3, ("spec", "model", "layers"), "Use a whole file that `save` wrote, or prefill again.")
+# Version 2: `trellis` has other tables. 3: `queryaware` has factors of channels. 4: `twoaxis` has other keys.
+FILE = Sealed("tersekv-cache", 4, ("spec", "model", "layers"), "Use a whole file that `save` wrote, or prefill again.")
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -3,7 +3,8 @@
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
 its caption alone (`results/smollm2.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
-(`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`), differences from a row
+(`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`, or the rows of a method,
+`results/models#kivi`), differences from a row
 (`results/models/smollm2.json#against=kivi:bits=4`), a published table beside ours (`runs/published.toml#antkv`), or a
 table of the registry: codecs, presets, bytes.
 """
@@ -22,11 +23,12 @@ from tersekv.bench import attend_tables, decode_tables, gpu_tables
 from tersekv.bench.encode import EncodeBench
 from tersekv.describe import Info, listing
 from tersekv.errors import InputError, SpecError, did_you_mean
+from tersekv.registry import POLICIES
 from tersekv.reports.captions import caption
 from tersekv.reports.differences import against
 from tersekv.reports.figures import is_fresh, svg
 from tersekv.reports.replications import PUBLISHED, replication
-from tersekv.reports.tables import methods, models
+from tersekv.reports.tables import methods, models, uses
 from tersekv.reports.tables import tables as quality_tables
 from tersekv.spec import codecs, parse
 
@@ -44,8 +46,9 @@ def markdown(table: Table) -> str:
 def bytes_table() -> Table:
     """What packed tokens cost with each codec; sinks, recent tokens and page tables come on top."""
     options = {row["name"]: row["options"] for row in listing().codecs}
-    specs = [f"{name}:bits={bits}" for name in options if "bits" in options[name] for bits in (8, 4, 3, 2)]
+    specs = [f"{name}:bits={bits}" for name in options if "bits" in options[name] for bits in (8, 4, 3, 2, 1)]
     specs = [spec for spec in specs if _is_spec(spec)]
+    specs += ["vq:dim=4", "vq", "vq:index=6", "vq:dim=16", "vq:dim=16,index=6"]
     heads = [f"d={d}: {what}" for d in (64, 128) for what in ("bits K, V", "bytes a token", "ratio")]
     table = Table("spec", *(Column(head, justify="right") for head in heads))
     for spec in ["none", *specs, "k=rotated:bits=4 v=rotated:bits=2"]:
@@ -91,7 +94,7 @@ def _parts(record: dict[str, Any]) -> dict[str, Table]:
 def _by_method(record: dict[str, Any]) -> dict[str, Table]:
     """Of an evaluation: `methods` has all rows, and the name of a codec or policy the rows that use it."""
     rows = [row for row in record["rows"] if "logits" in row]
-    named = {name: [row for row in rows if re.search(rf"(^|[= ]){name}([: ]|$)", row["spec"])] for name in codecs()}
+    named = {name: [row for row in rows if uses(row["spec"], name)] for name in (*codecs(), *POLICIES)}
     return {name: methods(found) for name, found in {"methods": rows, **named}.items()}
 
 
@@ -107,8 +110,9 @@ def content(source: str, root: Path) -> str:
         return f"{markdown(table)}\n\nTheirs: {said}."
     if not name.startswith("results/"):
         raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
-    if part == "models" and (records := sorted((root / name).glob("*.json"))):
-        return markdown(models([json.loads(path.read_text()) for path in records]))
+    if (root / name).is_dir() and (part == "models" or part in {*codecs(), *POLICIES}):
+        records = [json.loads(path.read_text()) for path in sorted((root / name).glob("*.json"))]
+        return markdown(models(records, None if part == "models" else part))
     if not (root / name).is_file():
         return "Not measured yet."
     record = json.loads((root / name).read_text())

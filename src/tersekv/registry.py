@@ -27,6 +27,7 @@ POLICIES = {
     "adaptive": "tersekv.policy.adaptive:Adaptive",
     "anchors": "tersekv.policy.anchors:Anchors",
     "queryaware": "tersekv.policy.queryaware:QueryAware",
+    "wholesequence": "tersekv.policy.wholesequence:WholeSequence",  # for evaluation only
 }
 
 PRESETS = {  # chosen by measurement: docs/presets.md

@@ -1,20 +1,24 @@
-"""`twoaxis`: rotation, then tokens and channels brought to equal variance in turn, then uniform rounding (KVarN).
+"""`twoaxis`: rotation, tokens and channels brought to equal variance in turn, then uniform rounding (KVarN-like).
 
-KVarN (software, a vLLM port and a llama.cpp fork) normalises the variance of a tile of rotated values along both axes
-before it rounds. A channel's factor is stored for the block, and the recipe `grid` takes it into the query; a token's
-factor and zero come with its range.
+KVarN (arXiv 2606.03458) normalises the standard deviation of a tile of rotated values along both axes before it rounds.
+The factors of the axis that shares a range are part of that range's scale; those of the other axis are stored beside:
+with `axis=channel`, for keys, a factor a token outside of a scale and a zero a channel, recipe `grid, channels first`;
+with `axis=token`, for values, a factor a channel, which the recipe `grid` takes into the query.
 
-Differs from what is known of the original, whose description is not public in full: a block of 64 tokens is the tile;
-three rounds; keys and values alike. Factors are fp16, and codes are taken against the stored ones.
+Differs from the original, of which the arithmetic but no paper was at hand: a block of 64 tokens is the tile; root mean
+squares, because deviations can vanish, and after 16 rounds of them nothing finite was left; three rounds instead of 16,
+since one is as good. Factors are fp16, and codes are taken against the stored ones. Which axis shares a range was not
+at hand either: see docs/methods/twoaxis.md.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersekv.codec import Codec, check_bits
+from tersekv.codec import Codec, check_bits, check_choice
 from tersekv.codecs.intn import IntN
 from tersekv.errors import SpecError
 from tersekv.layout import BLOCK, Layout, Plane
@@ -27,48 +31,60 @@ from tersekv.rotation import rotate
 
 @dataclass(frozen=True)
 class TwoAxis(Codec):
-    """`rounds` of normalisation; 0 is a rotated `intn`."""
+    """`axis`: what shares a range, a channel's tokens or a token's channels. `rounds` of normalisation; 0 is none."""
 
     bits: int = 4
+    axis: str = "token"
     rounds: int = 3
     seed: int = 0
 
+    side_defaults: ClassVar = {"k": {"axis": "channel"}}
+
     def __post_init__(self) -> None:
         check_bits(self.bits, 2, 8)
+        check_choice("axis", self.axis, ("token", "channel"))
         if not 0 <= self.rounds <= 16:
             raise SpecError(f"rounds={self.rounds} is out of range. Allowed: 0 to 16.")
 
     @property
-    def tokens(self) -> IntN:
-        """What rounds a token whose channels have equal variance."""
-        return IntN(self.bits)
+    def grid(self) -> IntN:
+        """What rounds values whose other axis has equal variance."""
+        return IntN(self.bits, axis=self.axis)
 
     @property
     def rotation(self) -> int:
         return self.seed
 
     def layout(self, d: int) -> Layout:
-        return Layout(d, (*self.tokens.layout(d).planes, Plane("channel_scale", 1, d, 16, "fp16")))
+        by_channel = self.axis == "channel"
+        beside = Plane("scale", BLOCK, 1, 16, "fp16") if by_channel else Plane("channel_scale", 1, d, 16, "fp16")
+        return Layout(d, (*self.grid.layout(d).planes, beside))
 
     def recipe(self, d: int) -> Grid:
-        return self.tokens.recipe(d)
+        table = self.grid.recipe(d).table
+        return Grid(table, first="channel") if self.axis == "channel" else Grid(table)
 
     def encode(self, x: Float[Tensor, "*lead block d"]) -> Packed:
         y = rotate(x, self.seed)
-        factor = stored(self._channel_factors(y), "fp16")
-        packed = self.tokens.encode(y * _inverse(factor))
+        tokens, channels = self._factors(y)
+        by_channel = self.axis == "channel"
+        factor = stored(tokens if by_channel else channels, "fp16")
+        packed = self.grid.encode(y * _inverse(factor, -1 if by_channel else -2))
         planes = {plane.name: packed.plane(plane.name) for plane in packed.layout.planes}
-        return Packed.assemble(self.layout(x.shape[-1]), planes | {"channel_scale": to_bytes(factor, "fp16")})
+        name = "scale" if by_channel else "channel_scale"
+        return Packed.assemble(self.layout(x.shape[-1]), planes | {name: to_bytes(factor, "fp16")})
 
-    def _channel_factors(self, y: Tensor) -> Tensor:
-        """What divides each channel, (*lead, d): its root mean square once each token was divided by its own."""
-        factor = torch.ones_like(y[..., 0, :])
+    def _factors(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What divides each token, (*lead, block), and each channel, (*lead, d): root mean squares over the other."""
+        tokens, channels = torch.ones_like(y[..., 0]), torch.ones_like(y[..., 0, :])
         for _ in range(self.rounds):
-            even = y * _inverse(factor)
-            even = y * unit_scale(root(channel_sum(even * even)), y.shape[-1])[..., None]
-            factor = root(token_sum(even * even) * (1 / BLOCK))
-        return factor
+            even = y * _inverse(channels, -2)
+            norm = root(channel_sum(even * even))
+            tokens = norm * root(torch.full_like(norm, 1 / y.shape[-1]))
+            even = even * unit_scale(norm, y.shape[-1])[..., None]
+            channels = root(token_sum(even * even) * (1 / BLOCK))
+        return tokens, channels
 
 
-def _inverse(factor: Tensor) -> Tensor:
-    return torch.where(factor > 0, 1 / factor, 0)[..., None, :]
+def _inverse(factor: Tensor, dim: int) -> Tensor:
+    return torch.where(factor > 0, 1 / factor, 0).unsqueeze(dim)

@@ -67,7 +67,7 @@ def fidelity(seen: Seen, spec: Spec) -> dict[str, Found]:
     outputs, logits, first = [], [], n
     for start, stop in store.pieces(n):
         q, k, v = (x[:, :, start:stop] for x in (seen.q, seen.k, seen.v))
-        sees_packed = any(tier.lengths.any() for tier in store.tiers.packed.values())
+        sees_packed = any(tier.rounded and tier.lengths.any() for tier in store.tiers.all().values())
         if sees_packed:
             first = min(first, start)
             logits.append(_logit_errors(store, seen, start, stop))
@@ -97,7 +97,8 @@ def _logit_errors(store: Store, seen: Seen, start: int, stop: int) -> Float[Tens
 
 def _stored(store: Store, seen: Seen) -> dict[str, Found]:
     """Errors of all packed keys and values, as the store decodes them."""
-    tiers = [tier.decoded() for tier in store.tiers.packed.values() if tier.lengths.any()]
+    every = zip(store.tiers.all().values(), store.tiers.decoded(), strict=True)
+    tiers = [read for tier, read in every if tier.rounded and tier.lengths.any()]
     found: dict[str, Found] = {}
     for side in ("k", "v") if tiers else ():
         parts = []

@@ -81,6 +81,7 @@ def _body(spec: Spec | None, d: int) -> dict[str, Any]:
     nominal, body = (fmean(getattr(x, name) for x in layouts) for name in ("nominal_bits", "bits_per_value"))
     recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))
     readers = [device for device in KERNELS if not any(refusals(one.sides, device) for one in infos)]
+    readers = [] if spec.policy.evaluation_only else readers
     facts: dict[str, Any] = {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "kernels": readers}
     fits = {x.digest.split()[0]: x.seconds for x in (info.spec.k.fitted, info.spec.v.fitted) if x and x.seconds}
     return facts | ({"calibration_seconds": sum(fits.values())} if fits else {})

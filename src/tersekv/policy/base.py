@@ -24,6 +24,7 @@ class Policy(ABC):
     # inherited: a policy that places tokens otherwise than its parent must not be taken for it.
     decodes_as_window: ClassVar[bool] = False
     asks: ClassVar[bool] = False  # whether `place` needs the queries of every token
+    evaluation_only: ClassVar[bool] = False  # whether nothing is packed, so that no byte is saved
 
     def __init_subclass__(cls) -> None:
         cls.decodes_as_window = cls.__dict__.get("decodes_as_window", False)

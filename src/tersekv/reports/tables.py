@@ -1,5 +1,6 @@
 """The tables of a record, by the depth that they show."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,22 +74,33 @@ def _fitting(row: dict[str, Any]) -> str:
     return "-" if seconds is None else f"{seconds:,.0f} s"
 
 
-def models(records: list[Record]) -> Table:
-    """Rows of one run on several models side by side: body bits, KL and top-1 of each; the first one's recipe."""
-    heads = [f"{record['run']['model']}: {what}" for record in records for what in ("body", "KL (95 %)", "top-1")]
+def uses(spec: str, method: str) -> bool:
+    """Whether a spec names a codec or policy."""
+    return re.search(rf"(^|[= ]){method}([: ]|$)", spec) is not None
+
+
+def models(records: list[Record], method: str | None = None) -> Table:
+    """Rows of one run on several models side by side, all or those of a method; the first one's recipe."""
+    heads = [f"{x['run']['model']}: {what}" for x in records for what in ("body", "held", "KL (95 %)", "top-1")]
     columns = (Column(head, justify="right") for head in ("nominal", *heads))
     table = Table("spec", *columns, "recipe", "kernels")
+    fitted = any("calibration_seconds" in row for record in records for row in record["rows"])
+    if fitted:
+        table.add_column("calibration", justify="right")
     for rows in zip(*(record["rows"] for record in records), strict=True):
         first, (spec,) = rows[0], {of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
-        cells = [cell for row in rows for cell in _of_one(row)]
-        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, first.get("recipe", "-"), _kernels(first))
+        if method is not None and not uses(spec, method):
+            continue
+        cells, taken = [cell for row in rows for cell in _of_one(row)], [_fitting(first)] if fitted else []
+        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, first.get("recipe", "-"), _kernels(first), *taken)
     return table
 
 
-def _of_one(row: dict[str, Any]) -> tuple[str, str, str]:
+def _of_one(row: dict[str, Any]) -> tuple[str, ...]:
     x = headline(row)
     assert x is not None, "a folder's table is of logits"
-    return f"{row['body_bits']:.2f}", number_and_interval(x, "kl_mean", ".5f"), f"{100 * x['top1']:.1f} %"
+    kl = number_and_interval(x, "kl_mean", ".5f")
+    return f"{row['body_bits']:.2f}", bytes_text(x["held"]), kl, f"{100 * x['top1']:.1f} %"
 
 
 def windows(record: Record) -> Table:
