@@ -1,5 +1,8 @@
 """Attention of many query rows by the CUDA kernels against fp64, and who attends from how many. `pytest -m gpu`."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from cuda_truth import chunk_truth
@@ -9,7 +12,7 @@ from test_cuda_attend import RAGGED, SIDES
 
 from tersekv import ops
 from tersekv.ops import attention as reference
-from tersekv.ops.cuda import chunks, compiler, joining
+from tersekv.ops.cuda import attending, chunks, compiler, joining, unpacked
 from tersekv.ops.pages import Pages, Partial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
@@ -31,13 +34,19 @@ SHAPES = {  # d, g, n, lengths
 }
 
 
-def check(case: Case) -> None:
+def full_pages(case: Case) -> Pages:
+    """Of a case whose rows are equally long, in whole blocks: without the columns of the table that nobody may read."""
     pages = mma_pages(case, "cuda")
+    return replace(pages, table=pages.table[..., : int(pages.lengths[0, 0]) // 64].contiguous(), full=True)
+
+
+def check(case: Case, attend: Callable[[torch.Tensor, Pages, float], Partial] = chunks.attend_chunk) -> None:
+    pages = mma_pages(case, "cuda") if attend is chunks.attend_chunk else full_pages(case)
     q = case.q.cuda()
     torch.full((64 * 2**20,), torch.nan, device="cuda")  # what torch.empty will give
-    first = chunks.attend_chunk(q, pages, case.scale)
+    first = attend(q, pages, case.scale)
     compare((first[0].cpu(), first[1].cpu()), chunk_truth(case), "cuda")
-    again = chunks.attend_chunk(q, pages, case.scale)
+    again = attend(q, pages, case.scale)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "not deterministic"
 
 
@@ -45,6 +54,42 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("sides", MORE_SIDES)
 def test_pages(sides: str, shape: str) -> None:
     check(make_case(*MORE_SIDES[sides], *SHAPES[shape]))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("sides", MORE_SIDES)
+def test_unpacked(sides: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles of two blocks, and of one at the end: more partial results than are held at a time."""
+    case = make_case(*MORE_SIDES[sides], d, 2, 33, [[19 * 64] * 3, [19 * 64] * 3])
+    monkeypatch.setattr(unpacked, "TILE_BYTES", 2 * 6 * 64 * d * 4)
+    k, v = unpacked.unpack(full_pages(case), 5, 2)
+    wanted_k, wanted_v, _ = next(case.linear.tiles())
+    for got, wanted in (
+        (k, wanted_k),
+        (v, wanted_v),
+    ):  # table entries are on levels, half a percent of the largest apart
+        near = float(wanted.abs().max()) / 100
+        torch.testing.assert_close(got.cpu().float(), wanted[:, :, 5 * 64 : 7 * 64], rtol=2**-8, atol=near)
+    check(case, unpacked.attend_pages)
+
+
+@pytest.mark.parametrize(("n", "full", "tiles"), [(1057, True, [2]), (1056, True, []), (1057, False, [])])
+def test_rows_that_fill_the_gpu_are_multiplied_by_cudnn(
+    n: int, full: bool, tiles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """68 tiles of 128 rows take cuDNN as long as 132, the other kernel not quite twice as long as 68 of 132."""
+    calls: list[int] = []
+    real, gpu = unpacked.unpack, replace(attending.limits(torch.cuda.current_device()), major=9, processors=132)
+
+    def counted(pages: Pages, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(count)
+        return real(pages, first, count)
+
+    monkeypatch.setattr(unpacked, "unpack", counted)
+    monkeypatch.setattr(attending, "limits", lambda device: gpu)
+    case = make_case(*MORE_SIDES["norms"], 128, 4, n, [[128, 128]])
+    ops.attend_pages(case.q.cuda(), replace(full_pages(case), full=full), case.scale)
+    assert calls == tiles
 
 
 @pytest.mark.parametrize(

@@ -260,3 +260,10 @@ def test_the_codec_in_contributing_passes_conformance(tmp_path: Path, monkeypatc
 def test_the_demo_has_enough_to_read() -> None:
     """`tersekv try` takes 2,000 tokens of README and docs; four characters a token is the usual rule."""
     assert sum(len(page.read_text()) for page in PAGES if page.name != "CONTRIBUTING.md") > 10_000
+
+
+def test_a_caption_tells_of_a_model_that_predicts_nothing() -> None:
+    record = json.loads((ROOT / "results/models/smollm2.json").read_text())
+    assert "perplexity is" not in caption(record)
+    record["rows"][0]["logits"]["1024"]["perplexity"] = 12219.16
+    assert "perplexity is 12,219: it does not predict this text" in caption(record)

@@ -41,6 +41,8 @@ ANY_SPEC = st.builds(
 )
 LAYERS = st.lists(st.tuples(st.integers(2, 8), st.integers(2, 8)), max_size=6).map(tuple)
 
+TERSE4 = "k=rotated:bits=4,scale_kind=fp16 v=rotated:bits=4"
+
 
 @given(ANY_SPEC)
 def test_parse_is_the_inverse_of_print(spec: Spec) -> None:
@@ -63,13 +65,22 @@ def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> N
         ("k=rotated:bits=3 v=rotated:bits=3", "rotated:bits=3"),
         ("k=rotated:bits=3,mean=block v=rotated:bits=3,mean=none", "rotated:bits=3"),
         ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
-        ("terse4 recent=128", "rotated:bits=4 policy=queryaware recent=128"),
-        ("terse4 v=none sink=4", "k=rotated:bits=4 v=none policy=queryaware"),
-        ("terse4 policy=streaming keep=512", "rotated:bits=4 policy=streaming keep=512"),
+        ("terse4 recent=128", f"{TERSE4} policy=queryaware recent=128"),
+        ("terse4 v=none sink=4", "k=rotated:bits=4,scale_kind=fp16 v=none policy=queryaware"),
+        (
+            "terse4 policy=streaming keep=512",
+            f"{TERSE4} policy=streaming keep=512",
+        ),
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
-        ("terse4 policy=window sink=2", "rotated:bits=4 sink=2"),
-        ("terse4 layers=4/3,4/3,2/2*2,2/2", "rotated:bits=4 policy=queryaware layers=4/3*2,2/2*3"),
-        ("terse4 prefill=packed layers=4/3", "rotated:bits=4 policy=queryaware layers=4/3 prefill=packed"),
+        ("terse4 policy=window sink=2", f"{TERSE4} sink=2"),
+        (
+            "terse4 layers=4/3,4/3,2/2*2,2/2",
+            f"{TERSE4} policy=queryaware layers=4/3*2,2/2*3",
+        ),
+        (
+            "terse4 prefill=packed layers=4/3",
+            f"{TERSE4} policy=queryaware layers=4/3 prefill=packed",
+        ),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )

@@ -58,8 +58,7 @@ class PackedTier:
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
         """Raises SpecError for a codec that cannot encode blocks."""
-        for codec in (k, v):
-            codec.check_blocks()
+        k.check_blocks(), v.check_blocks()
         b, h, _, d = like.k.shape
         page = sum(layout.nbytes for layout in _layouts(k, v, d, like.k.device))
         pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
@@ -203,7 +202,8 @@ class PackedTier:
     def pages(self) -> Pages:
         lengths = torch.from_numpy(self.lengths).to(self.pool.device)
         recipes = self.k.recipe(self.d), self.v.recipe(self.d)
-        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes)
+        full = bool((self.lengths == self.table.shape[2] * self.block).all())
+        return Pages(self.pool, self.table, lengths, *self.layouts, *recipes, full)
 
     @cached_property
     def part(self) -> Any:

@@ -117,7 +117,7 @@ def packed(spec: Spec, k: Tensor, v: Tensor) -> Pages:
     place = torch.randperm(count, device=k.device)
     pool = pool[place.argsort()]
     lengths = torch.full((b, h), t, device=k.device)
-    return Pages(pool, place.to(torch.int32).view(b, h, -1), lengths, k_layout, v_layout, *recipes)
+    return Pages(pool, place.to(torch.int32).view(b, h, -1), lengths, k_layout, v_layout, *recipes, full=True)
 
 
 def said(pages: Pages) -> tuple[Tensor, Tensor]:

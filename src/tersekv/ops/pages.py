@@ -26,6 +26,7 @@ class Pages:
     v_layout: Layout
     k_recipe: Recipe
     v_recipe: Recipe
+    full: bool = False  # the host knows that every row holds all tokens of all blocks of the table
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Decoded (k, v, lengths left) of some blocks at a time, folded domain, fp32."""

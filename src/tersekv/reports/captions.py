@@ -5,6 +5,7 @@ from typing import Any
 from tersekv.eval.statistics import LEVEL, RESAMPLES
 
 Record = dict[str, Any]
+LOST = 1000.0  # perplexity of the dense cache beyond which a model does not predict the text it is measured on
 
 
 def caption(record: Record) -> str:
@@ -33,7 +34,18 @@ def _logits(record: Record) -> str:
     return (
         f"Windows of {text}: {', '.join(parts)}, {drawn}; each token seeing what decoding would show it. Held: bytes "
         "of every tensor of the cache after the last token. KL: KL(dense || packed) of the next-token distribution "
-        f"in nats.{intervals}"
+        f"in nats.{intervals}{_lost(row)}"
+    )
+
+
+def _lost(dense: dict[str, Any]) -> str:
+    """KL between two guesses at random looks like any other, so a model that was loaded wrong must be told from one."""
+    worst = max(x["perplexity"] for x in dense.values())
+    if worst <= LOST:
+        return ""
+    return (
+        f" **With the dense cache the model's perplexity is {worst:,.0f}: it does not predict this text, and KL says "
+        "nothing. Look for weights that were converted or loaded wrong, or give another text.**"
     )
 
 

@@ -224,10 +224,6 @@ INLINE void write(float* row, float* lse, int i, const Rows& rows, const float (
   if (p == 0) *lse = mass > 0 ? (rows.ref[i] + log2f(mass)) * 0.69314718f : -INFINITE;
 }
 
-#define COPY_LIST(SIDE, TO)                                                     \
-  if constexpr (SIDE::LISTED)                                                   \
-    for (int i = threadIdx.x; i < 256; i += THREADS) TO[i] = SIDE##_LIST[i];
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_chunk(const Arguments a) {
   extern __shared__ u8 memory[];
   u8* slots = memory + (1024 - shared_address(memory) % 1024) % 1024;
@@ -238,8 +234,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_chunk(const Argu
   const Range range{begin, end - begin, length, a.table + i64(sequence) * a.blocks + begin};
   if (threadIdx.x == 0)
     for (int i = 0; i < SLOTS; i++) barrier_init(shared.full + i, 4), barrier_init(shared.free + i, 4 * GROUPS);
-  COPY_LIST(K, shared.k_list)
-  COPY_LIST(V, shared.v_list)
+  COPY_LIST(K, shared.k_list, THREADS)
+  COPY_LIST(V, shared.v_list, THREADS)
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp >= 4 * GROUPS) {

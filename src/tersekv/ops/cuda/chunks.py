@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tersekv.layout import Layout
-from tersekv.ops.cuda import attending, joining, source
+from tersekv.ops.cuda import attending, joining, source, unpacked
 from tersekv.ops.cuda.attending import LOG2E, Form, Limits
 from tersekv.ops.cuda.compiler import Kernel, kernel
-from tersekv.ops.cuda.levels import listed
 from tersekv.ops.cuda.reading import LISTED_HEAD_DIMS, integers
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid
@@ -83,14 +82,7 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
 
 @lru_cache
 def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, how: Shape) -> str:
-    sides = source.side("K", k, k_recipe) + source.side("V", v, v_recipe)
-    lists = _list("K_LIST", k_recipe) + _list("V_LIST", v_recipe)
-    return f'#include "planes.cuh"\n{sides}{lists}{how.constants()}{source.read("chunk.cu")}'
-
-
-def _list(name: str, recipe: Grid | Trellis) -> str:
-    entries = recipe.table if isinstance(recipe, Trellis) or listed(recipe.table) else (0.0,)
-    return f"__constant__ float {name}[] = {{{', '.join(map(source.number, entries))}}};\n"
+    return source.dequantising(k, v, k_recipe, v_recipe) + how.constants() + source.read("chunk.cu")
 
 
 @lru_cache
@@ -115,13 +107,17 @@ def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> t
 
 
 def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
-    """As `ops.attention.attend_pages`: few query rows in 8-bit integers, many, or unequal 8-bit steps, in bf16."""
+    """As `ops.attention.attend_pages`: few query rows in 8-bit integers, many, or unequal 8-bit steps, in bf16.
+
+    Very many leave the products to cuDNN.
+    """
     rows = q.shape[1] // pages.table.shape[1] * q.shape[2]
     d = pages.k_layout.d
     hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
     fits = d in LISTED_HEAD_DIMS or (d == 256 and hopper)
-    few = (rows <= FEW_ROWS or not fits) and integers(pages)
-    return attending.attend_pages(q, pages, scale) if few else attend_chunk(q, pages, scale)
+    if (rows <= FEW_ROWS or not fits) and integers(pages):
+        return attending.attend_pages(q, pages, scale)
+    return (unpacked.attend_pages if unpacked.pays(rows, pages) else attend_chunk)(q, pages, scale)
 
 
 def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:

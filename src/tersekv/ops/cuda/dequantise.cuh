@@ -205,3 +205,8 @@ INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int 
   }
   __syncwarp();
 }
+
+// Entries that are looked up, from where constants lie to shared memory.
+#define COPY_LIST(SIDE, TO, THREADS) \
+  if constexpr (SIDE::LISTED)        \
+    for (int i = threadIdx.x; i < 256; i += THREADS) TO[i] = SIDE##_LIST[i];

@@ -38,6 +38,17 @@ def _table(recipe: Grid | Trellis) -> str:
 """
 
 
+def dequantising(k: Layout, v: Layout, k_recipe: Grid | Trellis, v_recipe: Grid | Trellis) -> str:
+    """What kernels begin with that make numbers of codes: both sides, and their tables where these are looked up."""
+    sides = side("K", k, k_recipe) + side("V", v, v_recipe)
+    return f'#include "planes.cuh"\n{sides}{_list("K_LIST", k_recipe)}{_list("V_LIST", v_recipe)}'
+
+
+def _list(name: str, recipe: Grid | Trellis) -> str:
+    entries = recipe.table if isinstance(recipe, Trellis) or listed(recipe.table) else (0.0,)
+    return f"__constant__ float {name}[] = {{{', '.join(map(number, entries))}}};\n"
+
+
 def _plane(layout: Layout, name: str) -> str:
     plane: Plane | None = layout.plane(name) if name in layout else None
     if plane is None:
