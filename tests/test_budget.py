@@ -10,17 +10,17 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3940,
-    "bench": 2550,
+    ".": 3970,
+    "bench": 2560,
     "calibrate": 1440,
     "codecs": 1620,
     "eval": 1570,
     "hf": 1500,
     "models": 600,
     "ops": 1690,
-    "ops/cuda": 1350,
+    "ops/cuda": 1440,
     "policy": 1420,
-    "reports": 850,
+    "reports": 860,
 }
 FILE, MEDIAN_FILE, FUNCTION, SHORT_FUNCTIONS = 250, 120, 40, 0.9
 

@@ -43,7 +43,8 @@ def test_bad_run_files(tmp_path: Path, content: str, said: str) -> None:
 )
 def test_run_files_of_the_project_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fitted = {"antkv": "vq", "codebooks": "vq", "codebooks-rope": "vq", "klt": "klt", "kvquant": "kvquant"}
+    fitted = {"antkv": "vq", "codebooks": "vq", "codebooks-rope": "vq", "fitted": "klt", "klt": "klt"}
+    fitted |= {"kvquant": "kvquant"}
     if path.stem in fitted:  # its books are fitted first
         said = rf'cannot be read.* "tersekv calibrate {fitted[path.stem]} MODEL --text FILE"'
         with pytest.raises(CacheFileError, match=said):

@@ -52,13 +52,13 @@ class PackedTier:
     factors: Tensor | None = None
     # (b, h, d, d): what keys are encoded for from now on, made of second moments of queries, or until then their sums
     asked: Tensor | None = None
-
     rounded: ClassVar[bool] = True
 
     @staticmethod
     def empty(k: Codec, v: Codec, like: DenseTier) -> "PackedTier":
         """Raises SpecError for a codec that cannot encode blocks."""
-        k.check_blocks(), v.check_blocks()
+        for codec in (k, v):
+            codec.check_blocks()
         b, h, _, d = like.k.shape
         page = sum(layout.nbytes for layout in _layouts(k, v, d, like.k.device))
         pool = torch.empty(0, page, dtype=torch.uint8, device=like.k.device)
