@@ -155,7 +155,7 @@ def test_try_on_a_model_folder(said: Any, tmp_path: Path) -> None:
     status, text, _ = said(*arguments, "--json")
     trial = json.loads(text)
     assert status == 0
-    assert [row["spec"] for row in trial["rows"]] == ["dense", "rotated:bits=4 policy=queryaware", "none"]
+    assert [row["spec"] for row in trial["rows"]] == ["dense", str(parse("terse4")), "none"]
     assert trial["prompt_tokens"] == 1
     status, shown, _ = said(*arguments)
     assert all(word in shown for word in ("dense", "rotated:bits=4", "ratio", "tokens/s"))
