@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from hashlib import sha256
@@ -154,6 +155,12 @@ def test_damaged_gguf_is_refused_with_the_readers_words(tmp_path, cache):
     with pytest.raises(ModelError, match=r"cannot convert damaged\.gguf: ValueError: .*GGUF"):
         models.load(str(damaged))
     assert list(cache.iterdir()) == []
+
+
+def test_a_vocabulary_read_without_its_merges_is_refused():
+    code = "from tersekv.models.gguf_to_safetensors import check_tokenizer as c; c(17, '5.23'); c(77, '5.17')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ValueError: transformers 5.17 makes 77 tokens of a sentence of 77 characters" in done.stderr
 
 
 def test_gguf_files_of_one_name_are_kept_apart(tmp_path, converter, cache):
