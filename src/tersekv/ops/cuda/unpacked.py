@@ -36,9 +36,9 @@ class Arguments(Structure):
 
 def pays(rows: int, pages: Pages) -> bool:
     """Measured on Hopper alone. cuDNN is not told of lengths, so every row must hold all of its blocks."""
-    gpu, (b, h, _) = attending.limits(pages.pool.device.index), pages.table.shape
+    gpu, (b, h, blocks) = attending.limits(pages.pool.device.index), pages.table.shape
     cudnn = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
-    if gpu.major != 9 or not cudnn or not pages.full or pages.k_layout.d not in GAIN:
+    if gpu.major != 9 or not cudnn or not pages.full or not blocks or pages.k_layout.d not in GAIN:
         return False
     tiles = b * h * -(-rows // TILE_ROWS)
     return -(-tiles // gpu.processors) * gpu.processors < GAIN[pages.k_layout.d] * tiles
