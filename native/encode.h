@@ -62,6 +62,7 @@ struct alignas(64) TrellisScratch {
 struct alignas(64) EncodeScratch {
   float y[BLOCK * MAX_HEAD_DIM];
   float zero[MAX_HEAD_DIM], inverse[MAX_HEAD_DIM];
+  float scale[BLOCK];
   uint8_t codes[BLOCK * MAX_HEAD_DIM];
   uint8_t rows[BLOCK * MAX_HEAD_DIM];
   TrellisScratch trellis;

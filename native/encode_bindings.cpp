@@ -94,8 +94,7 @@ Encoder base(Method method, const Codes& codes, const std::vector<PlaneArgs>& pl
 void set_scale(Encoder& e, bool unbiased, float factor, const std::vector<float>& signs,
                const std::vector<float>& log8_edges, float log8_floor) {
   require(signs.empty() || int(signs.size()) == e.d, "The rotation needs a sign for each channel.");
-  require(log8_edges.size() == 254 && e.scale && e.scale.kind != Kind::int8,
-          "A plane `scale`, and 254 edges of its logarithms.");
+  require(log8_edges.size() == 254 && e.scale, "A plane `scale`, and 254 edges of its logarithms.");
   require(!e.channel_zero || e.channel_zero.kind == Kind::int8, "The mean is stored as int8.");
   std::copy(signs.begin(), signs.end(), e.signs);
   e.rotated = !signs.empty(), e.unbiased = unbiased, e.factor = factor, e.root_d = float(std::sqrt(double(e.d)));
@@ -131,8 +130,8 @@ Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& plane
                          float half, bool unbiased, float factor, const std::vector<float>& signs,
                          const std::vector<float>& log8_edges, float log8_floor) {
   Encoder e = base(Method::trellis, codes, planes);
-  require(e.bits <= 4 && odd.size() == 128 && half > 0,
-          "A trellis has 1 to 4 bits, and an entry for each of 128 states.");
+  require(e.bits <= 4 && odd.size() == 128 && half > 0 && e.scale.kind != Kind::int8,
+          "A trellis has 1 to 4 bits, an entry for each of 128 states, and scales that are not in int8.");
   set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
   e.per_unit = 2 / half;
   require(std::ldexp(e.per_unit * e.root_d, e.bits) < 32000, "Entries in steps of ", half, " are too fine at head_dim ",

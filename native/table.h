@@ -36,25 +36,29 @@ struct Nearest {
   }
 };
 
-// Takes the mean of each channel off a block, as it is stored: 8 bits with one step.
-inline void subtract_mean(const Encoder& e, EncodeScratch& s, uint8_t* out) {
+// Numbers as 8 bits with one step, which is stored, too, and returned.
+inline float put_in_steps(const Plane& plane, const float* x, int count, uint8_t* out) {
   Floats top[4] = {};
-  for (int c = 0; c < e.d; c += LANES) {
-    const Floats mean = token_sum(s.y + c, e.d) * Isa::all(1.f / BLOCK);
-    Isa::store(s.zero + c, mean);
-    top[0] = Isa::max(top[0], Isa::abs(mean));
-  }
+  for (int i = 0; i < count; i += LANES) top[0] = Isa::max(top[0], Isa::abs(Isa::load<Floats>(x + i)));
   const QuadInts half = half_bits(Isa::highest(top) * float(1.0 / 127));
   const float step = from_half_bits(half)[0], inverse = step > 0 ? 1 / step : 0;
   const uint16_t stored = uint16_t(half[0]);
-  std::memcpy(out + e.channel_zero.step, &stored, 2);
+  std::memcpy(out + plane.step, &stored, 2);
   const Floats limit = Isa::all(127.f);
-  for (int c = 0; c < e.d; c += LANES) {
-    Floats steps = Isa::load<Floats>(s.zero + c) * Isa::all(inverse);
+  for (int i = 0; i < count; i += LANES) {
+    Floats steps = Isa::load<Floats>(x + i) * Isa::all(inverse);
     steps = steps < limit ? steps : limit;
-    const Floats rounded = Isa::rounded(steps > -limit ? steps : -limit);
-    Isa::store_int8(reinterpret_cast<int8_t*>(out + e.channel_zero.offset + c), rounded);
-    const Floats zero = (rounded - Isa::all(12582912.f)) * Isa::all(step);
+    Isa::store_int8(reinterpret_cast<int8_t*>(out + plane.offset + i), Isa::rounded(steps > -limit ? steps : -limit));
+  }
+  return step;
+}
+
+// Takes the mean of each channel off a block, as it is stored.
+inline void subtract_mean(const Encoder& e, EncodeScratch& s, uint8_t* out) {
+  for (int c = 0; c < e.d; c += LANES) Isa::store(s.zero + c, token_sum(s.y + c, e.d) * Isa::all(1.f / BLOCK));
+  const float step = put_in_steps(e.channel_zero, s.zero, e.d, out);
+  for (int c = 0; c < e.d; c += LANES) {
+    const Floats zero = Isa::from_int8(out + e.channel_zero.offset + c) * Isa::all(step);
     for (int t = 0; t < BLOCK; t++) {
       float* y = s.y + t * e.d + c;
       Isa::store(y, Isa::load<Floats>(y) - zero);
@@ -89,8 +93,11 @@ void table_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* o
         }
         sink.put(t, c + r * LANES, code);
       }
-    put(e, e.scale, t, UNBIASED ? ratio(energy, summed(along)) : norm * e.factor, out);
+    const Quad scale = UNBIASED ? ratio(energy, summed(along)) : norm * e.factor;
+    if (e.scale.kind == Kind::int8) Isa::store(s.scale + t, scale);
+    else put(e, e.scale, t, scale, out);
   }
+  if (e.scale.kind == Kind::int8) put_in_steps(e.scale, s.scale, BLOCK, out);
   pack_codes<BITS>(e.order, e.d, s.codes, out + e.codes);
 }
 

@@ -35,6 +35,7 @@ CONFIGURATIONS = [
     *(f"rotated:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "rotated:bits=3,mean=none",
     "rotated:bits=2,scale=norm,scale_kind=fp16",
+    "rotated:bits=4,scale_kind=int8",
     "rotated:bits=4,seed=7",
     *(f"trellis:bits={bits}" for bits in (1, 2, 4)),
     "turboquant:bits=2,form=prod",

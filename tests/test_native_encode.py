@@ -28,6 +28,8 @@ CODECS = [
     "rotated:bits=3,scale=norm",
     "rotated:bits=2,mean=block,scale=norm,scale_kind=fp16",
     "rotated:bits=4,scale_kind=fp16,seed=7",
+    "rotated:bits=4,mean=block,scale_kind=int8",
+    "rotated:bits=3,mean=none,scale=norm,scale_kind=int8",
     *(
         f"intn:bits={bits},axis={axis},symmetric={symmetric}"
         for bits in BITS[1:]

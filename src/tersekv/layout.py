@@ -96,10 +96,11 @@ class Layout:
         return replace(self, planes=tuple(planes))
 
 
-def codes_and_scale(d: int, bits: int, kind: str) -> tuple[Plane, Plane]:
-    """The two planes of a token-scaled codec: a code for each value and, stored as `kind`, a scale for each token."""
+def codes_and_scale(d: int, bits: int, kind: str) -> tuple[Plane, ...]:
+    """The planes of a token-scaled codec: a code for each value and, stored as `kind`, a scale for each token."""
     check_head_dim(d)
-    return Plane("codes", BLOCK, d, bits), Plane("scale", BLOCK, 1, KIND_BITS[kind], kind)
+    step = (Plane("scale_step", 1, 1, 16, "fp16"),) if kind == "int8" else ()
+    return Plane("codes", BLOCK, d, bits), Plane("scale", BLOCK, 1, KIND_BITS[kind], kind), *step
 
 
 def check_head_dim(d: int) -> None:

@@ -8,8 +8,9 @@ After the rotation a coordinate of a unit vector follows a Beta marginal whateve
   this is the rotated mean), where an 8-bit grid fits it better and where kernels need it: the `grid` recipe's
   channel zero. It is stored, and the *stored* mean is what is subtracted.
 - the token scale is s = |y|^2 / <y, c>, with c the decoded code, instead of the norm: then <y_hat, y> = |y|^2 and the
-  shrinkage of a Lloyd-Max code does not add up over tokens. Stored as an 8-bit logarithm, 12 steps an octave. Keys of
-  one bit keep the norm: their error would become so large that softmax sees tokens that are not there.
+  shrinkage of a Lloyd-Max code does not add up over tokens. Stored as an 8-bit logarithm, 12 steps an octave, as 8
+  bits with one step a block, or in fp16. Keys of one bit keep the norm: their error would become so large that softmax
+  sees tokens that are not there.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tersekv.layout import BLOCK, Layout, Plane, codes_and_scale
 from tersekv.ops.encoders import Encoder, TableEncoder
 from tersekv.ops.feedback import Coder, Nearest, prepared, steered
 from tersekv.ops.lookup import nearest
-from tersekv.ops.planes import pack_codes, stored, to_bytes
+from tersekv.ops.planes import in_steps, pack_codes, planes_of, to_bytes
 from tersekv.ops.recipe import Grid, Recipe
 from tersekv.ops.sums import channel_sum, root, token_sum, unit_scale
 from tersekv.packed import Packed
@@ -36,7 +37,7 @@ from tersekv.rotation import rotate, signs
 
 @dataclass(frozen=True)
 class Rotated(Codec):
-    """`mean`: block or none. `scale`: unbiased, norm or auto, see `takes_norm`, stored as `scale_kind` (log8, fp16)."""
+    """`mean`: block or none. `scale`: unbiased, norm or auto, see `takes_norm`; `scale_kind`: log8, int8 or fp16."""
 
     bits: int = 3
     mean: str = "none"
@@ -50,7 +51,7 @@ class Rotated(Codec):
         check_bits(self.bits, 1, 8)
         check_choice("mean", self.mean, ("block", "none"))
         check_choice("scale", self.scale, ("unbiased", "norm", "auto"))
-        check_choice("scale_kind", self.scale_kind, ("log8", "fp16"))
+        check_choice("scale_kind", self.scale_kind, ("log8", "int8", "fp16"))
 
     @property
     def unbiased(self) -> bool:
@@ -97,8 +98,7 @@ class Rotated(Codec):
             codes, factor = steered(z, asked, self.coder(d, z.device))
             scale = norm * d**-0.5 * (factor if self.unbiased else 1)
         planes["codes"] = pack_codes(codes.flatten(-2), self.bits)
-        planes["scale"] = to_bytes(scale, self.scale_kind)
-        return Packed.assemble(self.layout(d), planes)
+        return Packed.assemble(self.layout(d), planes | planes_of("scale", scale, self.scale_kind))
 
     def asked(self, moments: Float[Tensor, "*lead d d"]) -> Float[Tensor, "*lead d d"]:
         return prepared(moments, self.coder(moments.shape[-1], moments.device).step)
@@ -129,13 +129,6 @@ def centred(y: Float[Tensor, "*lead block d"], mean: str) -> tuple[Float[Tensor,
     """A block without its mean as that is stored, and the mean's planes."""
     if mean == "none":
         return y, {}
-    step, steps = eight_bit(token_sum(y) * (1 / BLOCK))
+    step, steps = in_steps(token_sum(y) * (1 / BLOCK))
     planes = {"channel_zero": to_bytes(steps, "int8"), "channel_zero_step": to_bytes(step, "fp16")}
     return y - (steps * step)[..., None, :], planes
-
-
-def eight_bit(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The stored step and the integers -127..127 of a block mean: (*lead, 1) and (*lead, d)."""
-    step = stored(mean.abs().amax(-1, keepdim=True) * np.float32(1 / 127).item(), "fp16")
-    inverse = torch.where(step > 0, 1 / step, 0)
-    return step, (mean * inverse).round().clamp(-127, 127)

@@ -68,6 +68,20 @@ def to_bytes(x: Tensor, kind: str) -> UInt8[Tensor, "*lead n"]:
     return x.float().clamp(-limit, limit).to(dtype).contiguous().view(torch.uint8)
 
 
+def in_steps(x: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead 1"], Float[Tensor, "*lead n"]]:
+    """Numbers as integers -127..127 of one step, which is as it is stored: the step, and the integers."""
+    step = stored(x.abs().amax(-1, keepdim=True) * np.float32(1 / 127).item(), "fp16")
+    return step, (x * torch.where(step > 0, 1 / step, 0)).round().clamp(-127, 127)
+
+
+def planes_of(name: str, x: Float[Tensor, "*lead n"], kind: str) -> dict[str, UInt8[Tensor, "*lead m"]]:
+    """The plane `name` of these numbers and, of int8, that of their step."""
+    if kind != "int8":
+        return {name: to_bytes(x, kind)}
+    step, steps = in_steps(x)
+    return {name: to_bytes(steps, kind), f"{name}_step": to_bytes(step, "fp16")}
+
+
 def stored(x: Tensor, kind: str) -> Tensor:
     """What decoding will see of `x` once it is stored as `kind`, in fp32."""
     return from_bytes(to_bytes(x, kind), kind)
