@@ -55,7 +55,7 @@ def test_pages_ragged_shuffled_and_poisoned(spec: str, d: int, monkeypatch: pyte
     monkeypatch.setattr("tersekv.ops.pages.TILE_VALUES", 7 * 4 * 64 * d)  # three tiles of 7, 7 and 6 blocks
     parsed = parse(spec)
     b, h, g, blocks = 2, 2, 3, 20
-    k, v = (torch.stack([sample(d, blocks, 2 * i + j).transpose(0, 1) for i in range(b)]) for j in range(2))
+    k, v = (torch.stack([sample(d, blocks, 2 * i + j)[:, :, 0].transpose(0, 1) for i in range(b)]) for j in range(2))
     packed_k, packed_v = parsed.k.encode(k), parsed.v.encode(v)
     data = torch.cat((packed_k.data, packed_v.data), -1).flatten(0, 2)
     place = torch.randperm(len(data) + 5)

@@ -17,7 +17,7 @@ BUDGET = {
     "eval": 1570,
     "hf": 1500,
     "models": 600,
-    "ops": 1690,
+    "ops": 1700,
     "ops/cuda": 1440,
     "policy": 1420,
     "reports": 860,
