@@ -64,11 +64,8 @@ def test_unpacked(sides: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacked, "TILE_BYTES", 2 * 6 * 64 * d * 4)
     k, v = unpacked.unpack(full_pages(case), 5, 2)
     wanted_k, wanted_v, _ = next(case.linear.tiles())
-    for got, wanted in (
-        (k, wanted_k),
-        (v, wanted_v),
-    ):  # table entries are on levels, half a percent of the largest apart
-        near = float(wanted.abs().max()) / 100
+    for got, wanted in ((k, wanted_k), (v, wanted_v)):
+        near = float(wanted.abs().max()) / 100  # table entries are on levels
         torch.testing.assert_close(got.cpu().float(), wanted[:, :, 5 * 64 : 7 * 64], rtol=2**-8, atol=near)
     check(case, unpacked.attend_pages)
 

@@ -67,20 +67,11 @@ def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> N
         ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
         ("terse4 recent=128", f"{TERSE4} policy=queryaware recent=128"),
         ("terse4 v=none sink=4", "k=rotated:bits=4,scale_kind=fp16 v=none policy=queryaware"),
-        (
-            "terse4 policy=streaming keep=512",
-            f"{TERSE4} policy=streaming keep=512",
-        ),
+        ("terse4 policy=streaming keep=512", f"{TERSE4} policy=streaming keep=512"),
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
         ("terse4 policy=window sink=2", f"{TERSE4} sink=2"),
-        (
-            "terse4 layers=4/3,4/3,2/2*2,2/2",
-            f"{TERSE4} policy=queryaware layers=4/3*2,2/2*3",
-        ),
-        (
-            "terse4 prefill=packed layers=4/3",
-            f"{TERSE4} policy=queryaware layers=4/3 prefill=packed",
-        ),
+        ("terse4 layers=4/3,4/3,2/2*2,2/2", f"{TERSE4} policy=queryaware layers=4/3*2,2/2*3"),
+        ("terse4 prefill=packed layers=4/3", f"{TERSE4} policy=queryaware layers=4/3 prefill=packed"),
         ("intn:symmetric=yes prefill=packed", "intn:bits=4,symmetric=yes prefill=packed"),
     ],
 )

@@ -186,3 +186,12 @@ def test_three_bits_hold_at_least_4_3_times_less_at_4096_tokens() -> None:
 def test_store_refuses_a_head_dim_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="group=48 does not divide"):
         make("intn:bits=4,group=48")
+
+
+@pytest.mark.parametrize(("pads", "full"), [([0, 0], True), ([0, 130], False)])
+def test_pages_know_whether_every_row_is_full(pads: list[int], full: bool) -> None:
+    """A kernel that is not told of lengths reads whole rows of the table, which must not have unused places then."""
+    store = Store(parse("rotated:bits=3"), 2, H, D, torch.float32, torch.device("cpu"))
+    store.append(torch.randn(2, H, 400, D), torch.randn(2, H, 400, D), np.array(pads))
+    pages = store.tiers.packed["packed"].pages
+    assert pages.full == full == bool((pages.table >= 0).all())
