@@ -130,8 +130,7 @@ Encoder* trellis_encoder(const Codes& codes, const std::vector<PlaneArgs>& plane
                          float half, bool unbiased, float factor, const std::vector<float>& signs,
                          const std::vector<float>& log8_edges, float log8_floor) {
   Encoder e = base(Method::trellis, codes, planes);
-  require(e.bits <= 4 && odd.size() == 128 && half > 0 && e.scale.kind != Kind::int8,
-          "A trellis has 1 to 4 bits, an entry for each of 128 states, and scales that are not in int8.");
+  require(e.bits <= 4 && odd.size() == 128 && half > 0, "A trellis has 1 to 4 bits, an entry for each of 128 states.");
   set_scale(e, unbiased, factor, signs, log8_edges, log8_floor);
   e.per_unit = 2 / half;
   require(std::ldexp(e.per_unit * e.root_d, e.bits) < 32000, "Entries in steps of ", half, " are too fine at head_dim ",

@@ -53,6 +53,15 @@ inline float put_in_steps(const Plane& plane, const float* x, int count, uint8_t
   return step;
 }
 
+// Scales of a group of tokens: those in steps wait for the largest of the block.
+inline void put_scale(const Encoder& e, EncodeScratch& s, int t, const Quad& scale, uint8_t* out) {
+  if (e.scale.kind == Kind::int8) Isa::store(s.scale + t, scale);
+  else put(e, e.scale, t, scale, out);
+}
+inline void put_waiting_scales(const Encoder& e, const EncodeScratch& s, uint8_t* out) {
+  if (e.scale.kind == Kind::int8) put_in_steps(e.scale, s.scale, BLOCK, out);
+}
+
 // Takes the mean of each channel off a block, as it is stored.
 inline void subtract_mean(const Encoder& e, EncodeScratch& s, uint8_t* out) {
   for (int c = 0; c < e.d; c += LANES) Isa::store(s.zero + c, token_sum(s.y + c, e.d) * Isa::all(1.f / BLOCK));
@@ -93,11 +102,9 @@ void table_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t* o
         }
         sink.put(t, c + r * LANES, code);
       }
-    const Quad scale = UNBIASED ? ratio(energy, summed(along)) : norm * e.factor;
-    if (e.scale.kind == Kind::int8) Isa::store(s.scale + t, scale);
-    else put(e, e.scale, t, scale, out);
+    put_scale(e, s, t, UNBIASED ? ratio(energy, summed(along)) : norm * e.factor, out);
   }
-  if (e.scale.kind == Kind::int8) put_in_steps(e.scale, s.scale, BLOCK, out);
+  put_waiting_scales(e, s, out);
   pack_codes<BITS>(e.order, e.d, s.codes, out + e.codes);
 }
 

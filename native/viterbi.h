@@ -150,8 +150,9 @@ void trellis_block(const Encoder& e, const Input& in, EncodeScratch& s, uint8_t*
       return Isa::load<Floats>(s.y + (t + j) * e.d + c) * centroids(Isa::from_bytes(s.rows + (t + j) * e.d + c));
     };
     const Quad energy = energies[t / GROUP];
-    put(e, e.scale, t, e.unbiased ? ratio(energy, channel_sums(e.d, along)) : root(energy) * e.factor, out);
+    put_scale(e, s, t, e.unbiased ? ratio(energy, channel_sums(e.d, along)) : root(energy) * e.factor, out);
   }
+  put_waiting_scales(e, s, out);
   for (int i = 0; i < BLOCK * e.d; i++) s.rows[i] &= (1 << BITS) - 1;
   each_run(e.order, e.d, [&](int at, int row, int n) { std::memcpy(s.codes + at, s.rows + row, size_t(n)); });
   pack_codes<BITS>(e.order, e.d, s.codes, out + e.codes);

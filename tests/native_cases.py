@@ -115,7 +115,7 @@ def _content(plane: Plane, pages: int, positive: bool) -> Tensor:
     if plane.name.endswith("_step"):
         return to_bytes(torch.rand(shape) / 50, plane.kind)
     if plane.kind == "int8":
-        return torch.randint(0, 256, shape, dtype=torch.uint8)
+        return torch.randint(0, 128 if plane.name == "scale" and positive else 256, shape, dtype=torch.uint8)
     if plane.name.endswith("scale"):
         sign = torch.ones(shape) if plane.kind == "log8" or positive else torch.randn(shape).sign()
         return to_bytes((torch.rand(shape) + 0.5) * sign, plane.kind)

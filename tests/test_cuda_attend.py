@@ -15,6 +15,8 @@ SIDES = {
     "2/3 bits, mean": ("2 normal scale:log8 channel_zero:int8", "3 normal scale:log8"),
     "3/4 bits, mean": ("3 normal scale:log8 channel_zero:int8", "4 normal scale:log8"),
     "4/1 bits, mean": ("4 normal scale:log8 channel_zero:int8", "1 normal scale:log8"),
+    "4/3 bits in steps, mean": ("4 normal scale:+int8 channel_zero:int8", "3 normal scale:+int8"),
+    "1/2 bits of a trellis in steps": ("1 normal scale:+int8", "2 trellis scale:+int8"),
     "zeros": ("4 uniform scale:+fp16 zero:fp16", "2 uniform scale:+fp16 zero:fp16"),
     "8/8 bits, zeros": ("8 uniform scale:+fp16 zero:fp16", "8 uniform scale:+fp16 zero:fp16"),
     "norms": ("4 normal scale:+fp32", "3 normal scale:+fp16"),

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None
 
 MORE_SIDES = SIDES | {
     "8/8 bits, unequal": ("8 normal scale:log8 channel_zero:int8", "8 normal scale:log8"),
+    "signs in steps": ("4 normal scale:int8 channel_zero:int8", "3 normal scale:int8"),
     "signs": ("2 normal scale:fp16", "4 normal scale:fp16 zero:fp16"),
 }
 SHAPES = {  # d, g, n, lengths

@@ -73,6 +73,7 @@ def attend_text(spec: str, d: int, rows: int, arch: str, sequences: int = 1) -> 
         *((f"rotated:bits={bits}", 128, 4) for bits in (1, 2, 3, 4)),
         *(("rotated:bits=3", d, rows) for d, rows in ((64, 1), (64, 4), (256, 4), (256, 8))),
         ("k=rotated:bits=4 v=rotated:bits=2", 128, 8),
+        *(("rotated:bits=4,scale_kind=int8", d, rows) for d, rows in ((64, 1), (128, 4), (256, 8))),
         ("intn:bits=8", 128, 4),
         ("intn:bits=2,axis=channel", 128, 4),
         *((f"k=rotated:bits=2 v=trellis:bits={bits}", 128, 4) for bits in (1, 2, 3, 4)),
@@ -123,6 +124,7 @@ def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
         *(("rotated:bits=4", 64, rows) for rows in (64, 4096)),
         ("rotated:bits=8", 64, 4096),
         ("rotated:bits=4", 256, 4096),
+        ("rotated:bits=4,scale_kind=int8", 64, 4096),
         ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
         *((f"k=rotated:bits=2 v=trellis:bits={bits}", d, 4096) for bits, d in ((1, 128), (2, 64), (3, 128), (4, 256))),
     ],
@@ -136,7 +138,14 @@ def test_chunk(spec: str, d: int, rows: int, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90"])
 @pytest.mark.parametrize(
-    "text", ["rotated:bits=3,mean=block", "lloydmax:bits=1,norm=fp32", "intn:bits=8", "intn:axis=channel"]
+    "text",
+    [
+        "rotated:bits=3,mean=block",
+        "rotated:bits=4,mean=block,scale_kind=int8",
+        "lloydmax:bits=1,norm=fp32",
+        "intn:bits=8",
+        "intn:axis=channel",
+    ],
 )
 @pytest.mark.parametrize("d", reading.HEAD_DIMS)
 def test_encode(d: int, text: str, arch: str) -> None:

@@ -38,6 +38,8 @@ CODECS = [
     ),
     *(f"trellis:bits={bits},mean={mean}" for bits in BITS[:4] for mean in ("block", "none")),
     "trellis:bits=2,scale=norm,scale_kind=fp16,seed=5",
+    "trellis:bits=1,scale_kind=int8",
+    "trellis:bits=3,mean=block,scale=norm,scale_kind=int8",
     *(f"none:dtype={dtype}" for dtype in ("bf16", "fp16", "fp32")),
 ]
 

@@ -41,7 +41,7 @@ ANY_SPEC = st.builds(
 )
 LAYERS = st.lists(st.tuples(st.integers(2, 8), st.integers(2, 8)), max_size=6).map(tuple)
 
-TERSE4 = "k=rotated:bits=4,scale_kind=fp16 v=rotated:bits=4"
+TERSE4 = "k=rotated:bits=4,scale_kind=int8 v=rotated:bits=4"
 
 
 @given(ANY_SPEC)
@@ -66,7 +66,7 @@ def test_bits_by_layer_print_and_parse(layers: tuple[tuple[int, int], ...]) -> N
         ("k=rotated:bits=3,mean=block v=rotated:bits=3,mean=none", "rotated:bits=3"),
         ("rotated:bits=3,mean=none", "k=rotated:bits=3,mean=none v=rotated:bits=3"),
         ("terse4 recent=128", f"{TERSE4} policy=queryaware recent=128"),
-        ("terse4 v=none sink=4", "k=rotated:bits=4,scale_kind=fp16 v=none policy=queryaware"),
+        ("terse4 v=none sink=4", "k=rotated:bits=4,scale_kind=int8 v=none policy=queryaware"),
         ("terse4 policy=streaming keep=512", f"{TERSE4} policy=streaming keep=512"),
         ("keep=99 policy=snapkv kivi observe=8", "kivi:bits=2 policy=snapkv keep=99 observe=8"),
         ("terse4 policy=window sink=2", f"{TERSE4} sink=2"),

@@ -32,8 +32,8 @@ POLICIES = {
 
 PRESETS = {  # chosen by measurement: docs/presets.md
     "terse8": "rotated:bits=8,scale_kind=fp16",
-    "terse4": "k=rotated:bits=4,scale_kind=fp16 v=rotated:bits=4 policy=queryaware",
-    "terse3": "rotated:bits=3 policy=queryaware",
+    "terse4": "k=rotated:bits=4,scale_kind=int8 v=rotated:bits=4 policy=queryaware",
+    "terse3": "k=rotated:bits=3,scale_kind=int8 v=rotated:bits=3 policy=queryaware",
     "terse2": "k=rotated:bits=2 v=trellis:bits=2 policy=queryaware",
     "terse1": "k=rotated:bits=2 v=trellis:bits=1 policy=queryaware",
 }

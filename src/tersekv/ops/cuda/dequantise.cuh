@@ -105,10 +105,8 @@ INLINE void states(const u8* codes, int u, int x, u32 (&a)[2][4]) {
 template <class S, int COUNT>
 INLINE void token_numbers(const u8* side, int first, float (&gain)[COUNT], float (&offset)[COUNT]) {
   float scale[COUNT], zero[COUNT];
-#pragma unroll
-  for (int t = 0; t < COUNT; t++) scale[t] = 1, zero[t] = 0;
-  if constexpr (S::SCALE.kind != NONE) numbers<S::SCALE.kind>(side + S::SCALE.offset, first, scale);
-  if constexpr (S::ZERO.kind != NONE) numbers<S::ZERO.kind>(side + S::ZERO.offset, first, zero);
+  numbers_of<S::SCALE.kind>(side, S::SCALE, first, 1, scale);
+  numbers_of<S::ZERO.kind>(side, S::ZERO, first, 0, zero);
 #pragma unroll
   for (int t = 0; t < COUNT; t++) gain[t] = Entries<S>::gain(scale[t]), offset[t] = Entries<S>::offset(scale[t], zero[t]);
 }
@@ -116,15 +114,6 @@ INLINE void token_numbers(const u8* side, int first, float (&gain)[COUNT], float
 INLINE void put(u8* to, const float (&x)[8]) {
   *reinterpret_cast<uint4*>(to) =
       make_uint4(bfloats(x[0], x[1]), bfloats(x[2], x[3]), bfloats(x[4], x[5]), bfloats(x[6], x[7]));
-}
-
-// Eight signed bytes as numbers: a conversion instruction would take eight times as long.
-INLINE void signed_bytes(const u8* from, float step, float (&x)[8]) {
-  const uint2 both = *reinterpret_cast<const uint2*>(from);
-  const u32 word[2] = {both.x ^ 0x80808080u, both.y ^ 0x80808080u};
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    x[i] = (__uint_as_float(prmt(word[i / 4], 0x47u, 0x4505u | (i % 4) << 4)) - (BIAS + 128.f)) * step;
 }
 
 // Warp `w` of four writes tokens 8 g + 2 w and the next, for each g of 8.
@@ -140,10 +129,8 @@ INLINE void put_keys(const u8* side, u8* slot, const Entries<K>& entries, int w)
     for (int y = 0; y < 2; y++) {
       const int chunk = p % 2 + 2 * y + p / 2 * 4, c = key_channel(u, chunk);
       float stretch[8], shift[8];
-      channel_numbers<K::CHANNEL_SCALE.kind>(side, K::CHANNEL_SCALE, c, 1, stretch);
-      if constexpr (K::CHANNEL_ZERO.kind == INT8)
-        signed_bytes(side + K::CHANNEL_ZERO.offset + c, number<FP16>(side + K::CHANNEL_ZERO.step, 0), shift);
-      else channel_numbers<K::CHANNEL_ZERO.kind>(side, K::CHANNEL_ZERO, c, 0, shift);
+      numbers_of<K::CHANNEL_SCALE.kind>(side, K::CHANNEL_SCALE, c, 1, stretch);
+      numbers_of<K::CHANNEL_ZERO.kind>(side, K::CHANNEL_ZERO, c, 0, shift);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float x[8];
@@ -187,8 +174,8 @@ INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int 
     else entries.bytes(side + V::CODES + 512 * V::BITS * u + 16 * lane, w, a);
     float stretch[2], shift[2];
     const int row = 8 * u + 2 * w;
-    channel_numbers<V::CHANNEL_SCALE.kind>(side, V::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);
-    channel_numbers<V::CHANNEL_ZERO.kind>(side, V::CHANNEL_ZERO, D / 8 * g + row, 0, shift);
+    numbers_of<V::CHANNEL_SCALE.kind>(side, V::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);
+    numbers_of<V::CHANNEL_ZERO.kind>(side, V::CHANNEL_ZERO, D / 8 * g + row, 0, shift);
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll

@@ -27,26 +27,15 @@ INLINE Channels token_sum(const float* column, int first = 0) {
   return a;
 }
 
-// The mean of each channel as it is stored: 8 bits with one step.
+// The mean of each channel, as it is stored.
 INLINE void take_mean(Tokens& s, u8* out) {
   const int first = MINE * threadIdx.x;
   Channels mean = token_sum(s.y[0] + first);
-  float top = 0;
 #pragma unroll
-  for (int i = 0; i < MINE; i++) mean.sum[i] *= 1.f / BLOCK, top = fmaxf(top, fabsf(mean.sum[i]));
+  for (int i = 0; i < MINE; i++) mean.sum[i] *= 1.f / BLOCK;
+  put_in_steps(s, S::CHANNEL_ZERO, mean.sum, out);
 #pragma unroll
-  for (int i = 1; i < 32; i *= 2) top = fmaxf(top, across(top, i));
-  if (threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32] = top;
-  __syncthreads();
-  const u16 half = to_half(fmaxf(s.largest[0], s.largest[1]) * float(1.0 / 127));
-  const float step = half_to_float(half), inverse = step > 0 ? 1.f / step : 0.f;
-  if (threadIdx.x == 0) *reinterpret_cast<uint4*>(out + S::CHANNEL_ZERO.step) = make_uint4(half, 0, 0, 0);
-#pragma unroll
-  for (int i = 0; i < MINE; i++) {
-    const float steps = fminf(fmaxf(rintf(mean.sum[i] * inverse), -127.f), 127.f);
-    out[S::CHANNEL_ZERO.offset + first + i] = u8(int(steps));
-    s.zero[first + i] = steps * step;
-  }
+  for (int i = 0; i < MINE; i++) s.zero[first + i] = mean.sum[i];
 }
 
 // The size next to x of the COUNT in `size`; `level` grows by `place` times its number. One on a threshold is the smaller one.
@@ -169,8 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(const Arguments a) 
   }
   const float energy = energy_of(s, row, y), norm = sqrtf(energy), unit = norm > 0 ? ROOT_D / norm : 0.f;
   const float along = code(row, unit, a.tables);
-  const float scale = !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f;
-  store<S::SCALE.kind>(out + S::SCALE.offset, threadIdx.x, scale, a.tables + LEVELS - 1);
+  put_scale(s, !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f, a.tables + LEVELS - 1, out);
   __syncthreads();
   pack_block({reinterpret_cast<const u32*>(memory), WIDTH}, out);
 }

@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode(const Arguments 
   for (int i = threadIdx.x; i < 256; i += THREADS) s.entry[i] = tables.entry[i];
   for (int i = threadIdx.x; i < 256 * STEPS; i += THREADS) s.unit[0][0][i] = tables.unit[0][0][i];
   __syncthreads();
-  float energy = 0, norm = 0;
+  float energy = 0, norm = 0, scale = 0;
   if (threadIdx.x < BLOCK) {
     float y[CHUNK];
     rotate(s.y[threadIdx.x], y);
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) encode(const Arguments 
     u8* fallen = reinterpret_cast<u8*>(s.fallen[mine]);
     trace(fallen, s.last[mine]);
     const float along = code(s, s.y[threadIdx.x], fallen, out);
-    const float scale = !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f;
-    store<S::SCALE.kind>(out + S::SCALE.offset, threadIdx.x, scale, tables.edges);
+    scale = !UNBIASED ? norm * FACTOR : along > 0 ? energy / along : 0.f;
   }
+  put_scale(s, scale, tables.edges, out);
 }

@@ -8,10 +8,8 @@ INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, 
                 float (&s)[TOKENS][2], Softmax& softmax) {
   const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
   float scale[TOKENS], offset[TOKENS];
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) scale[t] = 1, offset[t] = 0;
-  if constexpr (V::SCALE.kind != NONE) token_scales<V::SCALE.kind>(page + V::SCALE.offset, first, sizes, scale);
-  if constexpr (V::ZERO.kind != NONE) numbers<V::ZERO.kind>(page + V::ZERO.offset, first, offset);
+  token_scales<V::SCALE.kind>(page, V::SCALE, first, sizes, scale);
+  numbers_of<V::ZERO.kind>(page, V::ZERO, first, 0, offset);
   // What all channels share is a multiple of the exponentials as they are; rounded weights multiply only what is centred,
   // so that their rounding errors do not add up.
 #pragma unroll
@@ -53,8 +51,8 @@ INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, 
       float gain[2] = {1, 1}, zero[2] = {0, 0};
       if constexpr (V_CHANNELS) {
         const int c = ROWS * (lane / 4) + 8 * u + 2 * x;
-        channel_numbers<V::CHANNEL_SCALE.kind>(page, V::CHANNEL_SCALE, c, 1, gain);
-        channel_numbers<V::CHANNEL_ZERO.kind>(page, V::CHANNEL_ZERO, c, 0, zero);
+        numbers_of<V::CHANNEL_SCALE.kind>(page, V::CHANNEL_SCALE, c, 1, gain);
+        numbers_of<V::CHANNEL_ZERO.kind>(page, V::CHANNEL_ZERO, c, 0, zero);
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) {

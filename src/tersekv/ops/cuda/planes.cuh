@@ -14,6 +14,11 @@ INLINE float log8_to_float(u32 code) {
   return exp2_fast(x * (256.f / 12) - 12.f) * __saturatef(x * 256.f);
 }
 
+// Byte i of a word, exactly: a conversion instruction would take eight times as long.
+INLINE float signed_byte(u32 word, int i) {
+  return __uint_as_float(prmt(word ^ 0x80808080u, 0x4Bu, 0x4550u | i)) - 8388736.f;  // 2^23 + 128
+}
+
 template <int KIND>
 INLINE float number(const u8* plane, int i) {
   if constexpr (KIND == FP32) return reinterpret_cast<const float*>(plane)[i];
@@ -56,32 +61,14 @@ INLINE void numbers(const u8* plane, int first, float (&out)[COUNT]) {
       else if constexpr (KIND == FP16) out[i] = half_to_float(u16(bits));
       else if constexpr (KIND == BF16) out[i] = bfloat_to_float(u16(bits));
       else if constexpr (KIND == LOG8) out[i] = log8_to_float(bits & 0xFF);
-      else out[i] = float((signed char)(bits & 0xFF));
+      else out[i] = signed_byte(word[i / 4], i % 4);
     }
   }
 }
 
-// As `numbers`, with LOG8's looked up in `sizes`, which holds all 256: an eighth of the instructions.
+// Numbers of a side's plane, as they are meant: `otherwise` where the layout has no such plane.
 template <int KIND, int COUNT>
-INLINE void token_scales(const u8* plane, int first, const float* sizes, float (&out)[COUNT]) {
-  if constexpr (KIND == LOG8 && COUNT % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-      const u32 word = *reinterpret_cast<const u32*>(plane + first + i);
-#pragma unroll
-      for (int j = 0; j < 4; j++) out[i + j] = sizes[word >> 8 * j & 0xFF];
-    }
-  } else if constexpr (KIND == LOG8) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) out[i] = sizes[plane[first + i]];
-  } else {
-    numbers<KIND>(plane, first, out);
-  }
-}
-
-// One number for each channel: `otherwise` where the layout has no such plane.
-template <int KIND, int COUNT>
-INLINE void channel_numbers(const u8* side, Plane plane, int first, float otherwise, float (&out)[COUNT]) {
+INLINE void numbers_of(const u8* side, Plane plane, int first, float otherwise, float (&out)[COUNT]) {
   if constexpr (KIND == NONE) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) out[i] = otherwise;
@@ -92,5 +79,23 @@ INLINE void channel_numbers(const u8* side, Plane plane, int first, float otherw
 #pragma unroll
       for (int i = 0; i < COUNT; i++) out[i] *= step;
     }
+  }
+}
+
+// As `numbers_of`, with LOG8's looked up in `sizes`, which holds all 256: an eighth of the instructions.
+template <int KIND, int COUNT>
+INLINE void token_scales(const u8* side, Plane plane, int first, const float* sizes, float (&out)[COUNT]) {
+  if constexpr (KIND == LOG8 && COUNT % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+      const u32 word = *reinterpret_cast<const u32*>(side + plane.offset + first + i);
+#pragma unroll
+      for (int j = 0; j < 4; j++) out[i + j] = sizes[word >> 8 * j & 0xFF];
+    }
+  } else if constexpr (KIND == LOG8) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) out[i] = sizes[side[plane.offset + first + i]];
+  } else {
+    numbers_of<KIND>(side, plane, first, 1, out);
   }
 }

@@ -23,8 +23,8 @@ INLINE void quantise(const float* q, const u8* page, float scale, int row, Queri
     if constexpr (BY_PAGE)
       if (c < D) {
         float gain[4], zero[4];
-        channel_numbers<K::CHANNEL_SCALE.kind>(page, K::CHANNEL_SCALE, c, 1, gain);
-        channel_numbers<K::CHANNEL_ZERO.kind>(page, K::CHANNEL_ZERO, c, 0, zero);
+        numbers_of<K::CHANNEL_SCALE.kind>(page, K::CHANNEL_SCALE, c, 1, gain);
+        numbers_of<K::CHANNEL_ZERO.kind>(page, K::CHANNEL_ZERO, c, 0, zero);
 #pragma unroll
         for (int i = 0; i < 4; i++) bias += x[w][i] * zero[i], x[w][i] *= gain[i];
       }

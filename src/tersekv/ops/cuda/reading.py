@@ -30,8 +30,6 @@ def refusal(layout: Layout, recipe: Recipe, side: str) -> str | None:
         return f"{layout.plane('codes').cols} codes a token: they read one for each of the {layout.d} channels."
     for plane in layout.planes:
         whole = (layout.block, 1) if plane.name in ("scale", "zero") else (1, layout.d)
-        if plane.name == "scale" and plane.kind == "int8":
-            return "plane scale in int8: the CUDA kernels read log8, fp16 and fp32."
         if plane.name in source.NUMBERS and (plane.rows, plane.cols) != whole:
             return f"plane {plane.name} is in groups: they read one number a token, or one a channel and block."
     return None

@@ -73,10 +73,8 @@ INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, con
     }
   }
   float scale[TOKENS], zero[TOKENS];
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) scale[t] = 1, zero[t] = 0;
-  if constexpr (K::SCALE.kind != NONE) token_scales<K::SCALE.kind>(page + K::SCALE.offset, first, sizes, scale);
-  if constexpr (K::ZERO.kind != NONE) numbers<K::ZERO.kind>(page + K::ZERO.offset, first, zero);
+  token_scales<K::SCALE.kind>(page, K::SCALE, first, sizes, scale);
+  numbers_of<K::ZERO.kind>(page, K::ZERO, first, 0, zero);
   const float field = K::BITS == 1 ? __uint_as_float(u32(127 - TOKENS * group) << 23) : 1.f;
   float digit[2], less[2], sum[2];
 #pragma unroll

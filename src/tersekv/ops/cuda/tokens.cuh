@@ -98,3 +98,32 @@ INLINE float energy_of(const Tokens& s, float* row, float (&y)[CHUNK]) {
   }
   return halved(sum);
 }
+
+// Numbers of a plane, COUNT of each of the first BLOCK threads, as 8 bits with one step. Each becomes what it is stored as.
+template <int COUNT>
+INLINE void put_in_steps(Tokens& s, Plane plane, float (&x)[COUNT], u8* out) {
+  float top = 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) top = fmaxf(top, fabsf(x[i]));
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) top = fmaxf(top, across(top, i));
+  if (threadIdx.x < BLOCK && threadIdx.x % 32 == 0) s.largest[threadIdx.x / 32] = top;
+  __syncthreads();
+  const u16 half = to_half(fmaxf(s.largest[0], s.largest[1]) * float(1.0 / 127));
+  const float step = half_to_float(half), inverse = step > 0 ? 1.f / step : 0.f;
+  if (threadIdx.x == 0) *reinterpret_cast<uint4*>(out + plane.step) = make_uint4(half, 0, 0, 0);
+  if (threadIdx.x < BLOCK)
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      const float steps = fminf(fmaxf(rintf(x[i] * inverse), -127.f), 127.f);
+      out[plane.offset + COUNT * threadIdx.x + i] = u8(int(steps));
+      x[i] = steps * step;
+    }
+}
+
+// The scale of the thread's token; threads from BLOCK on have none.
+INLINE void put_scale(Tokens& s, float scale, const float* edges, u8* out) {
+  float x[1] = {scale};
+  if constexpr (S::SCALE.kind == INT8) put_in_steps(s, S::SCALE, x, out);
+  else if (threadIdx.x < BLOCK) store<S::SCALE.kind>(out + S::SCALE.offset, threadIdx.x, scale, edges);
+}
