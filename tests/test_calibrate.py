@@ -16,7 +16,7 @@ from tersekv.calibrate.adaptive import calibrate
 from tersekv.calibrate.budget import calibrate as budget
 from tersekv.calibrate.measuring import Change, Prefix
 from tersekv.calibrate.session import Settings
-from tersekv.calibrate.training import train
+from tersekv.calibrate.training import Weights, train
 from tersekv.errors import RecordError
 from tersekv.hf.cost import sequence_bytes
 from tersekv.policy.controller import Controller
@@ -72,6 +72,15 @@ def test_training_learns_which_tokens_are_worth_their_bits() -> None:
     assert outcome.tested_on == 200 and sum(outcome.labels.values()) == 1000
     again, _ = train(features, loss, 3.0, 0)
     assert all(torch.equal(weights[name], again[name]) for name in weights), "seeds decide everything"
+
+
+def test_weights_of_the_objective() -> None:
+    features, loss = torch.randn(400, 4), torch.rand(400, 4, dtype=torch.float64).sort(descending=True).values
+    cheap, dear = (train(features, loss, 3.0, 0, Weights(cost=cost))[0] for cost in (0.0, 100.0))
+    assert not all(torch.equal(cheap[name], dear[name]) for name in cheap)
+    for wrong in ({"label": 0.0}, {"cost": -1.0}, {"quality": float("nan")}):
+        with pytest.raises(InputError, match="0 or more"):
+            Weights(**wrong)
 
 
 def test_training_on_noise_does_not_pretend() -> None:

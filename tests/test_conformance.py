@@ -30,6 +30,7 @@ CONFIGURATIONS = [
     *(f"lloydmax:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),
     "lloydmax:bits=3,norm=fp32",
     "outliers:bits=2,more=2",
+    "outliers:bits=3,by=peak",
     "polar:bits=3",
     "qjl:bits=1",
     *(f"rotated:bits={bits}" for bits in (1, 2, 4, 5, 6, 7, 8)),

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from tersekv.calibrate.measuring import SINK, Change, Prefix
 from tersekv.calibrate.session import Session, Settings
-from tersekv.calibrate.training import Outcome, train
+from tersekv.calibrate.training import DEFAULT_WEIGHTS, Outcome, Weights, train
 from tersekv.hf.rating import signals
 from tersekv.layout import BLOCK
 from tersekv.policy.adaptive import BITS, Adaptive
@@ -44,7 +44,9 @@ class Trained:
         return Group(table, words)
 
 
-def calibrate(settings: Settings, tokens: int, folder: Path, out: Path, stages: Stages) -> Trained:
+def calibrate(
+    settings: Settings, tokens: int, folder: Path, out: Path, stages: Stages, terms: Weights = DEFAULT_WEIGHTS
+) -> Trained:
     """`tokens` tokens of each window are measured: every precision of each, alone, all layers and sides at once."""
     session = Session.open(settings, stages)
     model, ids = session.subject.model, session.subject.tokens
@@ -60,8 +62,8 @@ def calibrate(settings: Settings, tokens: int, folder: Path, out: Path, stages: 
     loss = torch.tensor([[*row, 0.0] for sample in samples for row in sample["kl"]], dtype=torch.float64)
     stages("training")
     average = sum(getattr(codec, "bits") for codec in (session.spec.k, session.spec.v)) / 2  # noqa: B009
-    weights, outcome = train(features, loss, average, settings.seed)
-    about = session.about | {"average_bits": average, "outcome": asdict(outcome)}
+    weights, outcome = train(features, loss, average, settings.seed, terms)
+    about = session.about | {"average_bits": average, "weights": asdict(terms), "outcome": asdict(outcome)}
     Controller(weights | {"counts": counts.cpu()}, about).save(out)
     return Trained(str(out), str(Spec(session.spec.k, session.spec.v, Adaptive(router=str(out)))), outcome)
 

@@ -16,8 +16,26 @@ from tersekv.policy.allocate import allocate
 from tersekv.policy.controller import network
 
 TEST, EPOCHS, BATCH, RATE, DECAY = 0.2, 100, 128, 1e-3, 1e-3
-ALPHA, BETA, GAMMA = 1.0, 0.1, 1.0  # of label, cost and quality
 SHUFFLES = 50
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the three terms of the objective: the paper's alpha, beta and gamma, of which it gives no values."""
+
+    label: float = 1.0
+    cost: float = 0.1
+    quality: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not all(np.isfinite(x) and x >= 0 for x in (self.label, self.cost, self.quality)) or not self.label:
+            raise InputError(
+                f"Weights of label, cost and quality {self.label:g}, {self.cost:g}, {self.quality:g}: "
+                "each must be 0 or more, and that of the label more than 0."
+            )
+
+
+DEFAULT_WEIGHTS = Weights()
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,11 @@ class Outcome:
 
 
 def train(
-    features: Float[Tensor, "n 4"], loss: Float[Tensor, "n levels"], average: float, seed: int
+    features: Float[Tensor, "n 4"],
+    loss: Float[Tensor, "n levels"],
+    average: float,
+    seed: int,
+    terms: Weights = DEFAULT_WEIGHTS,
 ) -> tuple[dict[str, Tensor], Outcome]:
     """Weights and feature scales, of the epoch that was best on the held-out fifth. `loss` in nats, by level.
 
@@ -53,10 +75,10 @@ def train(
     for number in range(EPOCHS):
         for batch in torch.nonzero(kept)[:, 0][torch.randperm(int(kept.sum()))].split(BATCH):
             optimiser.zero_grad()
-            _objective(net(x[batch]), labels[batch], quality[batch]).backward()
+            _objective(net(x[batch]), labels[batch], quality[batch], terms).backward()
             optimiser.step()
         with torch.no_grad():
-            now = float(_objective(net(x[test]), labels[test], quality[test]))
+            now = float(_objective(net(x[test]), labels[test], quality[test], terms))
         if now < best:
             best, chosen, epoch = now, deepcopy(net.state_dict()), number
     net.load_state_dict(chosen)
@@ -79,14 +101,13 @@ def _quality(loss: Float[Tensor, "n levels"]) -> Float[Tensor, "n levels"]:
     return (1 - loss / loss[:, 0].quantile(0.95).clamp(min=1e-30)).clamp(min=0).float()
 
 
-def _objective(logits: Float[Tensor, "n levels"], labels: Int[Tensor, "n"], quality: Tensor) -> Float[Tensor, ""]:
+def _objective(
+    logits: Float[Tensor, "n levels"], labels: Int[Tensor, "n"], quality: Tensor, terms: Weights
+) -> Float[Tensor, ""]:
     """alpha CE + beta sum p c + gamma (1 - sum p q), the cost c of a level being its bits in sixteenths."""
     p, cost = logits.softmax(-1), torch.tensor(BITS) / BITS[-1]
-    return (
-        ALPHA * cross_entropy(logits, labels)
-        + BETA * (p * cost).sum(-1).mean()
-        + GAMMA * (1 - (p * quality).sum(-1).mean())
-    )
+    by_label = terms.label * cross_entropy(logits, labels)
+    return by_label + terms.cost * (p * cost).sum(-1).mean() + terms.quality * (1 - (p * quality).sum(-1).mean())
 
 
 def _held_out(utility: Tensor, loss: Tensor, average: float, seed: int) -> dict[str, float]:

@@ -38,6 +38,9 @@ def adaptive(
     spec: str = "rotated:bits=3",
     windows: Windows = 24,
     tokens: int = 64,
+    label_weight: Annotated[float, Parameter(help="Of the cross entropy with the measured label.")] = 1.0,
+    cost_weight: Annotated[float, Parameter(help="Of the expected bits.")] = 0.1,
+    quality_weight: Annotated[float, Parameter(help="Of the expected loss of quality.")] = 1.0,
     window: Window = 384,
     follow: Follow = 32,
     seed: Seed = 0,
@@ -55,18 +58,20 @@ def adaptive(
     tokens
         Tokens measured in each: every precision of each, alone.
     directory
-        Where measurements are kept: the same command goes on where it was stopped. Default:
-        calibrations/adaptive/MODEL.
+        Where measurements are kept: the same command goes on where it was stopped, and other weights reuse them.
+        Default: calibrations/adaptive/MODEL.
     out
         The controller. Default: controllers/MODEL.safetensors.
     """
     from tersekv.calibrate.adaptive import calibrate as run
     from tersekv.calibrate.session import Settings
+    from tersekv.calibrate.training import Weights
 
     settings, name = Settings(model, text, spec, windows, window, follow, seed, device), Path(model).name
+    terms = Weights(label_weight, cost_weight, quality_weight)
     folder = directory or Path("calibrations") / "adaptive" / name
     with Stages() as stages:
-        result = run(settings, tokens, folder, out or Path("controllers") / f"{name}.safetensors", stages)
+        result = run(settings, tokens, folder, out or Path("controllers") / f"{name}.safetensors", stages, terms)
     show(result, json)
 
 
