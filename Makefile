@@ -29,7 +29,7 @@ bench: $(PEERS)
 
 # On a machine with a GPU and CUDA's compute-sanitizer: small cases of our kernels, and of no other's.
 OURS := attend encode merge rotate repack
-SMALL := (test_pages and zeros) or every_group or dense_attention or number_of_parts or any_precision or bit_for_bit or repack_is
+SMALL := (test_pages and (zeros or bf16/bf16)) or every_group or dense_attention or number_of_parts or any_precision or bit_for_bit or repack_is
 sanitize:
 	for tool in memcheck racecheck; do \
 	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 1 $(OURS:%=--kernel-name kernel_substring=%) \

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersekv.ops.cuda.levels import levels, listed
 from tersekv.ops.planes import read_codes
-from tersekv.ops.recipe import Grid
+from tersekv.ops.recipe import Dense, Grid
 from tersekv.ops.trellis import Trellis
 
 QUERY = 0.51 / (127 * 254)
@@ -71,6 +71,8 @@ BIAS = 2**15 + 2**7  # bytes become floats by way of a number this large, in uni
 
 def unpacked_off(side: Side, t: Tokens, pages: slice, length: int) -> Tensor:
     """How far a value (t, d) in shared memory may be from the exact one, from the table's steps and bf16's."""
+    if isinstance(side.recipe, Dense):  # copied, and bf16 before
+        return torch.zeros_like(t.values)
     off = (t.values.abs() + 2 * EPS * t.magnitude) * BFLOAT
     if isinstance(side.recipe, Grid) and not listed(side.recipe.table):
         found = levels(side.recipe.table)

@@ -21,7 +21,8 @@ needs_gpu = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missi
 
 
 @pytest.mark.parametrize(
-    ("run", "names"), [("attend", {"batch", "single", "shapes", "chunks"}), ("attend-trellis", {"trellis"})]
+    ("run", "names"),
+    [("attend", {"batch", "single", "unquantised", "shapes", "chunks"}), ("attend-trellis", {"trellis"})],
 )
 def test_the_run_files_make_sense(run: str, names: set[str]) -> None:
     grids = gpu_run.read_grids(RUNS / f"{run}-cuda.toml")

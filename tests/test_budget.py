@@ -18,7 +18,7 @@ BUDGET = {
     "hf": 1500,
     "models": 600,
     "ops": 1700,
-    "ops/cuda": 1440,
+    "ops/cuda": 1470,
     "policy": 1420,
     "reports": 860,
 }

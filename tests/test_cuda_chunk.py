@@ -21,6 +21,10 @@ MORE_SIDES = SIDES | {
     "8/8 bits, unequal": ("8 normal scale:log8 channel_zero:int8", "8 normal scale:log8"),
     "signs in steps": ("4 normal scale:int8 channel_zero:int8", "3 normal scale:int8"),
     "signs": ("2 normal scale:fp16", "4 normal scale:fp16 zero:fp16"),
+    "bf16/bf16": ("dense bf16", "dense bf16"),
+    "bf16/3 bits": ("dense bf16", "3 normal scale:log8"),
+    "4 bits, mean/bf16": ("4 normal scale:log8 channel_zero:int8", "dense bf16"),
+    "bf16/2 bits of a trellis": ("dense bf16", "2 trellis scale:log8"),
 }
 SHAPES = {  # d, g, n, lengths
     "d64 ragged": (64, 3, 33, RAGGED),
@@ -92,7 +96,13 @@ def test_rows_that_fill_the_gpu_are_multiplied_by_cudnn(
 
 @pytest.mark.parametrize(
     ("sides", "d", "n", "many"),
-    [("norms", 128, 6, False), ("norms", 128, 7, True), ("norms", 64, 7, True), ("8/8 bits, unequal", 64, 1, True)],
+    [
+        ("norms", 128, 6, False),
+        ("norms", 128, 7, True),
+        ("norms", 64, 7, True),
+        ("8/8 bits, unequal", 64, 1, True),
+        ("4 bits, mean/bf16", 128, 1, True),
+    ],
 )
 def test_rows_choose_the_kernel(sides: str, d: int, n: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case, calls = make_case(*MORE_SIDES[sides], d, 4, n, [[65]]), []

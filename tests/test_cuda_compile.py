@@ -136,6 +136,19 @@ def test_chunk(spec: str, d: int, rows: int, arch: str) -> None:
     assert stack_bytes(compiler.compiled(chunk_text(spec, d, rows, arch), target)) == 0
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [64, 4096])
+@pytest.mark.parametrize("d", reading.CHUNK_HEAD_DIMS)
+@pytest.mark.parametrize(
+    "spec", ["none", "k=none v=rotated:bits=3", "k=rotated:bits=4,mean=block v=none", "k=none v=trellis:bits=2"]
+)
+def test_chunk_of_bf16_pages(spec: str, d: int, rows: int, arch: str) -> None:
+    """There is room for them everywhere, if only for two pages that are under way."""
+    text = chunk_text(spec, d, rows, arch)
+    assert f"RAW = {2 if (spec, d, arch) == ('none', 128, 'sm_120') else 3}," in text
+    assert stack_bytes(compiler.compiled(text, compiler.architecture(int(arch[3:-1]), int(arch[-1])))) == 0
+
+
 @pytest.mark.parametrize("arch", ["sm_90"])
 @pytest.mark.parametrize(
     "text",
@@ -224,10 +237,20 @@ def test_feedback(d: int, bits: int, arch: str) -> None:
 
 
 @pytest.mark.parametrize("d", reading.HEAD_DIMS)
-@pytest.mark.parametrize("spec", ["rotated:bits=3", "k=intn:bits=2,axis=channel v=trellis:bits=2", "rotated:bits=8"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rotated:bits=3",
+        "k=intn:bits=2,axis=channel v=trellis:bits=2",
+        "rotated:bits=8",
+        "none",
+        "k=none v=rotated:bits=3",
+        "k=rotated:bits=3 v=none",
+    ],
+)
 def test_unpack_pages(spec: str, d: int) -> None:
-    if d == 256 and "8" in spec:
-        pytest.skip("at head dim 256 the CUDA kernels do not read 8 bits of unequal steps")
+    if d == 256 and ("8" in spec or "none" in spec):
+        pytest.skip("at head dim 256 the CUDA kernels do not read 8 bits of unequal steps, nor bf16")
     codecs = parse(spec)
     text = unpacked.text(*layouts(codecs, d), codecs.k.recipe(d), codecs.v.recipe(d))
     assert stack_bytes(compiler.compiled(text, compiler.architecture(9, 0))) == 0

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from native_cases import make_case, mma_pages
+from test_cuda_step import tiny
 
+import tersekv
 from tersekv import ops
 from tersekv.bench import gpu
 from tersekv.ops import attention as reference
@@ -97,11 +99,28 @@ def test_a_store_decodes_with_the_kernels(
         assert (slow.float() - fast.float()).norm() <= 0.03 * slow.float().norm()
 
 
+@pytest.mark.parametrize("spec", ["none", "k=none v=rotated:bits=3", "k=rotated:bits=4 v=none"])
+def test_a_model_decodes_over_bf16_pages_with_the_kernels(spec: str, request: pytest.FixtureRequest) -> None:
+    """A turn of 16 tokens, then one by one: as attention to the decoded tokens has it."""
+    model, ids, said = tiny(), torch.randint(1, 97, (2, 300), device="cuda"), []
+    for route in ("decoded", "fused"):
+        with tersekv.attached(model, route), torch.inference_mode():
+            cache = tersekv.cache(model, spec)
+            model(ids[:, :200], past_key_values=cache)
+            if route == "fused":
+                request.getfixturevalue("reference_raises")
+            turns = ids[:, 200:].split([16, *[1] * 84], dim=1)
+            said.append(torch.stack([model(turn, past_key_values=cache).logits[:, -1].float() for turn in turns]))
+    assert cache.report().implementation == "CUDA"
+    assert (said[0] - said[1]).norm() <= 0.03 * said[0].norm()
+
+
 def test_what_kernels_refuse_runs_on_the_reference() -> None:
     refused = (
         ("rotated:bits=8", 256, "8 bits of unequal steps"),
         ("intn:bits=5", 64, "5 bits"),
-        ("none", 64, "recipe dense"),
+        ("none", 256, "stored in bf16 at head dim 256"),
+        ("none:dtype=fp16", 64, "stored in fp16"),
         ("trellis:bits=2", 128, "keys: recipe trellis"),
         ("k=rotated:bits=2 v=trellis:bits=2,mean=block", 128, "plane channel_zero"),
     )

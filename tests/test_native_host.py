@@ -132,6 +132,9 @@ def test_what_the_kernels_read_is_what_the_pages_of_the_methods_say(spec: str, w
         ("k=rotated:bits=2 v=trellis:bits=2", ""),
         ("kivi", "keys: "),
         ("trellis", "keys: "),
+        ("none", ""),
+        ("k=none v=trellis:bits=1", ""),
+        ("k=none v=none:dtype=fp16", "values: stored in fp16: the CUDA kernels read bf16"),
         ("polar", "recipe polar"),
     ],
 )

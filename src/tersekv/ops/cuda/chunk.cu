@@ -15,13 +15,13 @@ struct Arguments {  // as in chunks.py
 };
 
 constexpr int THREADS = 128 * (GROUPS + UNPACKERS), THREADS_REGISTERS = 65536 / THREADS / 8 * 8,
-               TOKENS = 64 / PARTS, PAGE = K::BYTES + V::BYTES, RAW = 3;
+               TOKENS = 64 / PARTS, PAGE = K::BYTES + V::BYTES;
 constexpr int SLOT = 128 * D;  // bytes of one side of a page
 constexpr float SLACK = 8;     // weights stay below 2^SLACK: the reference point moves, and sums are scaled, rarely
 
 struct Shared {
   alignas(16) u8 raw[RAW][PAGE];
-  Weights weights[4];
+  Weights weights[V::DENSE ? 1 : 4];
   u64 full[SLOTS], free[SLOTS];
   float k_list[K::LISTED ? 256 : 1], v_list[V::LISTED ? 256 : 1];
 };
@@ -66,7 +66,7 @@ INLINE void unpack(const Arguments& a, const Range& range, u8* slots, Shared& sh
     if constexpr (VALUES) {
       const int slot = 2 * turn.slot + 1, left = range.length - 64 * (range.first + i);
       if (turn.phase) barrier_wait(shared.free + slot, turn.phase - 1);
-      put_values(page + K::BYTES, slots + slot * SLOT, values, w, left, shared.weights[w]);
+      put_values(page + K::BYTES, slots + slot * SLOT, values, w, left, shared.weights);
       show_stores();
       barrier_arrive(shared.full + slot);
     }

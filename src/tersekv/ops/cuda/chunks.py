@@ -3,22 +3,21 @@
 from ctypes import Structure, c_float, c_int, c_longlong, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from tersekv.layout import Layout
 from tersekv.ops.cuda import attending, joining, source, unpacked
-from tersekv.ops.cuda.attending import LOG2E, Form, Limits
+from tersekv.ops.cuda.attending import LOG2E, Limits
 from tersekv.ops.cuda.compiler import Kernel, kernel
-from tersekv.ops.cuda.reading import LISTED_HEAD_DIMS, integers
+from tersekv.ops.cuda.reading import CHUNK_HEAD_DIMS, Form, form, integers
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Grid
-from tersekv.ops.trellis import Trellis
 
 FEW_ROWS = 24  # query rows for each KV head up to which `attend.cu`, eight at a time, is faster (measured)
 SLOTS = (6, 4, 2)  # sides of pages that are unpacked ahead, keys and values in turn
-RAW_PAGES = 3  # as in chunk.cu
+RAW_PAGES = (3, 2)  # pages that are under way: two where bf16 leaves no room for three
 MOST_SPLITS = joining.MOST_PARTS**2  # joined in two launches
 OVERHEAD = 4  # what a block costs besides its pages, in pages
 
@@ -36,7 +35,7 @@ class Arguments(Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a launch: `groups` of 128 threads multiply 64 query rows each, `unpackers` unpack; `slots` of unpacked sides.
+    """Of a launch: `groups` of 128 threads multiply 64 query rows each, `unpackers` unpack `raw` pages into `slots`.
 
     A page is multiplied in `parts`. `registers` of a thread of each kind, where the GPU lets them differ; 0: as given.
     """
@@ -46,6 +45,7 @@ class Shape:
     unpackers: int
     parts: int
     registers: tuple[int, int]
+    raw: int
     slots: int
     shared_bytes: int
 
@@ -61,7 +61,7 @@ class Shape:
         multiply, unpack = self.registers
         return (
             f"constexpr int D = {self.d}, GROUPS = {self.groups}, UNPACKERS = {self.unpackers}, PARTS = {self.parts}, "
-            f"SLOTS = {self.slots}, REGISTERS = {multiply}, UNPACKER_REGISTERS = {unpack};\n"
+            f"RAW = {self.raw}, SLOTS = {self.slots}, REGISTERS = {multiply}, UNPACKER_REGISTERS = {unpack};\n"
         )
 
 
@@ -72,16 +72,17 @@ def shape(k: Layout, v: Layout, rows: int, gpu: Limits) -> Shape:
     groups, parts = (1, 2) if d > 128 else (1 if rows <= 64 else 2, 1)
     unpackers = 2 if gpu.major == 9 and d <= 128 else 1
     registers = (168, 88) if unpackers == groups == 2 else (0, 0)
-    rest = 1024 + RAW_PAGES * (k.nbytes + v.nbytes) + 4 * 512 + 2 * 1024 + 16
-    for slots in SLOTS:
-        total = slots * (128 * d + 16) + rest
+    lists = sum(1024 if "codes" in side else 4 for side in (k, v))
+    rest = 1024 + (4 if "codes" in v else 1) * 512 + lists + 16
+    for raw, slots in product(RAW_PAGES, SLOTS):
+        total = slots * (128 * d + 16) + raw * (k.nbytes + v.nbytes) + rest
         if total <= gpu.block_bytes:
-            return Shape(d, groups, unpackers, parts, registers, slots, total)
+            return Shape(d, groups, unpackers, parts, registers, raw, slots, total)
     raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no two sides of 64 tokens of head dim {d}.")
 
 
 @lru_cache
-def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, how: Shape) -> str:
+def text(k: Layout, v: Layout, k_recipe: source.Read, v_recipe: source.Read, how: Shape) -> str:
     return source.dequantising(k, v, k_recipe, v_recipe) + how.constants() + source.read("chunk.cu")
 
 
@@ -114,7 +115,7 @@ def attend_pages(q: Tensor, pages: Pages, scale: float) -> Partial:
     rows = q.shape[1] // pages.table.shape[1] * q.shape[2]
     d = pages.k_layout.d
     hopper = attending.limits(q.device.index).major == 9  # elsewhere 256 channels need more registers than there are
-    fits = d in LISTED_HEAD_DIMS or (d == 256 and hopper)
+    fits = d in CHUNK_HEAD_DIMS or (d == 256 and hopper)
     if (rows <= FEW_ROWS or not fits) and integers(pages):
         return attending.attend_pages(q, pages, scale)
     return (unpacked.attend_pages if unpacked.pays(rows, pages) else attend_chunk)(q, pages, scale)
@@ -125,9 +126,7 @@ def attend_chunk(q: Tensor, pages: Pages, scale: float) -> Partial:
     b, hq, n, d = q.shape
     h, blocks = pages.table.shape[1:]
     rows, device = hq // h * n, q.device
-    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid | Trellis)  # see `reading.reads`
-    form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
-    run, how, tiles, parts = _plan(form, b * h, blocks, rows, device.index)
+    run, how, tiles, parts = _plan(form(pages), b * h, blocks, rows, device.index)
     out = torch.empty(parts, b, hq, n, d, dtype=torch.float32, device=device)
     lse = torch.empty(parts, b, hq, n, dtype=torch.float32, device=device)
     q, table, lengths = q.float().contiguous(), pages.table.contiguous(), pages.lengths.contiguous()

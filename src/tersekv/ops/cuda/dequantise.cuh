@@ -117,28 +117,29 @@ INLINE void put(u8* to, const float (&x)[8]) {
 }
 
 // Warp `w` of four writes tokens 8 g + 2 w and the next, for each g of 8.
-INLINE void put_keys(const u8* side, u8* slot, const Entries<K>& entries, int w) {
+template <class S>
+INLINE void dequantise_keys(const u8* side, u8* slot, const Entries<S>& entries, int w) {
   const int lane = threadIdx.x % 32, g = lane / 4, p = lane % 4;
   float gain[2], offset[2];
-  token_numbers<K>(side, 8 * g + 2 * w, gain, offset);
+  token_numbers<S>(side, 8 * g + 2 * w, gain, offset);
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
     u32 a[2][4];
-    entries.bytes(side + K::CODES + 512 * K::BITS * u + 16 * lane, w, a);
+    entries.bytes(side + S::CODES + 512 * S::BITS * u + 16 * lane, w, a);
 #pragma unroll
     for (int y = 0; y < 2; y++) {
       const int chunk = p % 2 + 2 * y + p / 2 * 4, c = key_channel(u, chunk);
       float stretch[8], shift[8];
-      numbers_of<K::CHANNEL_SCALE.kind>(side, K::CHANNEL_SCALE, c, 1, stretch);
-      numbers_of<K::CHANNEL_ZERO.kind>(side, K::CHANNEL_ZERO, c, 0, shift);
+      numbers_of<S::CHANNEL_SCALE.kind>(side, S::CHANNEL_SCALE, c, 1, stretch);
+      numbers_of<S::CHANNEL_ZERO.kind>(side, S::CHANNEL_ZERO, c, 0, shift);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float x[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[r], offset[r]);
-          if constexpr (K::CHANNEL_SCALE.kind != NONE) x[i] = fmaf(x[i], stretch[i], shift[i]);
-          else if constexpr (K::CHANNEL_ZERO.kind != NONE) x[i] += shift[i];
+          if constexpr (S::CHANNEL_SCALE.kind != NONE) x[i] = fmaf(x[i], stretch[i], shift[i]);
+          else if constexpr (S::CHANNEL_ZERO.kind != NONE) x[i] += shift[i];
         }
         put(slot + 8192 * u + swizzled(place_of(8 * g + 2 * w + r), chunk), x);
       }
@@ -151,11 +152,12 @@ struct Weights {  // of the tokens of a page, for one warp
 };
 
 // Warp `w` of four writes channels D / 8 g + 8 u + 2 w and the next; tokens that do not count are 0, be their bytes NaN.
-INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int w, int left, Weights& weights) {
+template <class S>
+INLINE void dequantise_values(const u8* side, u8* slot, const Entries<S>& entries, int w, int left, Weights& weights) {
   const int lane = threadIdx.x % 32, g = lane / 4, p = lane % 4;
   {
     float gain[2], offset[2];
-    token_numbers<V>(side, 2 * lane, gain, offset);
+    token_numbers<S>(side, 2 * lane, gain, offset);
 #pragma unroll
     for (int t = 0; t < 2; t++) {
       const int at = place_of(2 * lane + t);
@@ -170,12 +172,12 @@ INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int 
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
     u32 a[2][4];
-    if constexpr (V::TRELLIS) states<V>(side + V::CODES + 16 * lane, u, w, a);
-    else entries.bytes(side + V::CODES + 512 * V::BITS * u + 16 * lane, w, a);
+    if constexpr (S::TRELLIS) states<S>(side + S::CODES + 16 * lane, u, w, a);
+    else entries.bytes(side + S::CODES + 512 * S::BITS * u + 16 * lane, w, a);
     float stretch[2], shift[2];
     const int row = 8 * u + 2 * w;
-    numbers_of<V::CHANNEL_SCALE.kind>(side, V::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);
-    numbers_of<V::CHANNEL_ZERO.kind>(side, V::CHANNEL_ZERO, D / 8 * g + row, 0, shift);
+    numbers_of<S::CHANNEL_SCALE.kind>(side, S::CHANNEL_SCALE, D / 8 * g + row, 1, stretch);
+    numbers_of<S::CHANNEL_ZERO.kind>(side, S::CHANNEL_ZERO, D / 8 * g + row, 0, shift);
 #pragma unroll
     for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -184,13 +186,60 @@ INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int 
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[8 * y + i], offset[8 * y + i]);
-          if constexpr (V::CHANNEL_SCALE.kind != NONE || V::CHANNEL_ZERO.kind != NONE)
+          if constexpr (S::CHANNEL_SCALE.kind != NONE || S::CHANNEL_ZERO.kind != NONE)
             x[i] = fmaf(x[i], stretch[r], shift[r]);
         }
         put(slot + swizzled(8 * (row + r) + g, 2 * p + y), x);
       }
   }
   __syncwarp();
+}
+
+// Bytes of bf16 that are there already, 16 at a time: a lane's eight channels of a token. What eight lanes read and write
+// lies in different banks, as half of them are ahead by a unit.
+template <class S>
+INLINE void copy_keys(const u8* side, u8* slot, int w) {
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
+#pragma unroll
+  for (int i = 0; i < 4 * UNITS; i++) {
+    const int token = 16 * w + 4 * (i / UNITS) + lane / 8, u = (i + chunk / 4) % UNITS;
+    *reinterpret_cast<uint4*>(slot + 8192 * u + swizzled(place_of(token), chunk)) =
+        *reinterpret_cast<const uint4*>(side + S::CODES + 2 * (token * D + key_channel(u, chunk)));
+  }
+}
+
+// As `copy_keys`, turned: eight tokens of two channels a lane. What does not count is 0, be it NaN.
+template <class S>
+INLINE void copy_values(const u8* side, u8* slot, int w, int left) {
+  const int lane = threadIdx.x % 32, g = lane % 8;
+#pragma unroll
+  for (int i = 0; i < 2 * UNITS; i++) {
+    const int chunk = 2 * w + i / UNITS, row = 2 * (lane / 8 + 4 * ((i + g / 4) % UNITS));
+    u32 x[8];
+#pragma unroll
+    for (int t = 0; t < 8; t++) {
+      const int token = token_of(8 * chunk + t);
+      const u32 both = *reinterpret_cast<const u32*>(side + S::CODES + 2 * (token * D + D / 8 * g + row));
+      x[t] = token < left ? both : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const u32 half = r ? 0x7632 : 0x5410;
+      *reinterpret_cast<uint4*>(slot + swizzled(8 * (row + r) + g, chunk)) = make_uint4(
+          prmt(x[0], x[1], half), prmt(x[2], x[3], half), prmt(x[4], x[5], half), prmt(x[6], x[7], half));
+    }
+  }
+}
+
+INLINE void put_keys(const u8* side, u8* slot, const Entries<K>& entries, int w) {
+  if constexpr (K::DENSE) copy_keys<K>(side, slot, w);
+  else dequantise_keys(side, slot, entries, w);
+}
+
+// `weights`: of each warp, where values are packed.
+INLINE void put_values(const u8* side, u8* slot, const Entries<V>& entries, int w, int left, Weights* weights) {
+  if constexpr (V::DENSE) copy_values<V>(side, slot, w, left);
+  else dequantise_values(side, slot, entries, w, left, weights[w]);
 }
 
 // Entries that are looked up, from where constants lie to shared memory.

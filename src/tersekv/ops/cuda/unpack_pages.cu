@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack_pages(const Argumen
   COPY_LIST(V, shared.v_list, THREADS)
   __syncthreads();
   put_keys(shared.page, shared.keys, Entries<K>(shared.k_list), w);
-  put_values(shared.page + K::BYTES, shared.values, Entries<V>(shared.v_list), w, BLOCK, shared.weights[w]);
+  put_values(shared.page + K::BYTES, shared.values, Entries<V>(shared.v_list), w, BLOCK, shared.weights);
   __syncthreads();
   const i64 to = (i64(blockIdx.y) * a.pages + blockIdx.x) * SLOT;
   for (int i = thread; i < BLOCK * PARTS; i += THREADS) {

@@ -13,9 +13,8 @@ from torch import Tensor
 from tersekv.layout import BLOCK, Layout
 from tersekv.ops.cuda import attending, joining, source
 from tersekv.ops.cuda.compiler import Kernel, kernel
+from tersekv.ops.cuda.reading import form
 from tersekv.ops.pages import Pages, Partial
-from tersekv.ops.recipe import Grid
-from tersekv.ops.trellis import Trellis
 
 # How many times as long as this route `chunk.cu` takes for rows that fill the GPU, by head dim (H100, 32,768 tokens).
 GAIN = {64: 1.77, 128: 1.95, 256: 4.46}
@@ -45,13 +44,13 @@ def pays(rows: int, pages: Pages) -> bool:
 
 
 @lru_cache
-def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis) -> str:
+def text(k: Layout, v: Layout, k_recipe: source.Read, v_recipe: source.Read) -> str:
     sides = source.dequantising(k, v, k_recipe, v_recipe)
     return f"{sides}constexpr int D = {k.d};\n{source.read('unpack_pages.cu')}"
 
 
 @lru_cache
-def _kernel(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, device: int) -> Kernel:
+def _kernel(k: Layout, v: Layout, k_recipe: source.Read, v_recipe: source.Read, device: int) -> Kernel:
     shared = 2 * 128 * k.d + k.nbytes + v.nbytes + 4 * 512 + 2 * 1024 + 16
     return kernel(text(k, v, k_recipe, v_recipe), "unpack_pages", device, shared)
 
@@ -59,9 +58,8 @@ def _kernel(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, devi
 def unpack(pages: Pages, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Keys and values (b, h, t, d) of `count` blocks from `first` on, in the codes' domain, in bf16."""
     b, h, blocks = pages.table.shape
-    assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid | Trellis)  # see `reading.reads`
     device = pages.pool.device
-    run = _kernel(pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe, device.index)
+    run = _kernel(*form(pages), device.index)
     k, v = torch.empty(2, b, h, count * BLOCK, pages.k_layout.d, dtype=torch.bfloat16, device=device)
     table = pages.table.contiguous()
     pointers = (x.data_ptr() for x in (pages.pool, table, k, v))
