@@ -12,6 +12,7 @@ from hosting import forward
 import tersekv
 from tersekv.calibrate import klt, kvquant, vq
 from tersekv.calibrate.session import Settings
+from tersekv.eval.run import bits_of
 from tersekv.models import LoadedModel
 from tersekv.ops import cuda
 from tersekv.spec import parse
@@ -62,5 +63,6 @@ def test_a_fit_is_one_of_the_model(
     with tersekv.attached(model):
         logits = forward(model, cache, ids)
     assert torch.isfinite(logits).all() and cache.report().held < cache.report().dense
+    assert bits_of(spec, model.config)["body_bits"] < 16, "a record names the bits of the layers that are packed"
     dense = model(input_ids=ids).logits
     assert 0 < (logits - dense).norm() < 0.5 * dense.norm()

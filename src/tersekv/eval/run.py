@@ -5,13 +5,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from tersekv.describe import Info
 from tersekv.eval.jobs import check_jobs, measuring
 from tersekv.eval.reading import read_subject
 from tersekv.eval.runfile import RunFile
 from tersekv.eval.samples import RunDirectory
 from tersekv.eval.subject import DENSE, Subject
-from tersekv.hf.cost import head_dim
+from tersekv.hf.cost import head_dim, packed_specs
 from tersekv.ops import KERNELS, refusals
 from tersekv.record import installed, provenance
 from tersekv.spec import Spec
@@ -68,15 +70,15 @@ def make_record(
 
 
 def _bits(subject: Subject) -> dict[str, dict[str, Any]]:
+    config = subject.model.config.get_text_config(decoder=True)
+    return {text: bits_of(spec, config) for text, spec in subject.specs.items()}
+
+
+def bits_of(spec: Spec | None, config: PreTrainedConfig) -> dict[str, Any]:
     """Of packed tokens: nominal bits, bits with all scales, zeros, means and padding, and whose kernels read them."""
-    d = head_dim(subject.model.config.get_text_config(decoder=True))
-    return {text: _body(spec, d) for text, spec in subject.specs.items()}
-
-
-def _body(spec: Spec | None, d: int) -> dict[str, Any]:
     if spec is None:
         return {"nominal_bits": 16.0, "body_bits": 16.0}
-    infos = [Info(spec.at(index), d) for index in range(len(spec.layers) or 1)]
+    infos = [Info(one, head_dim(config)) for one in packed_specs(config, spec)]
     layouts, info = [layout for one in infos for layout in one.layouts.values()], infos[0]
     nominal, body = (fmean(getattr(x, name) for x in layouts) for name in ("nominal_bits", "bits_per_value"))
     recipes = " / ".join(dict.fromkeys(recipe.name for _, recipe in info.sides.values()))

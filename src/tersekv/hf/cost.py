@@ -59,12 +59,18 @@ def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) 
     return {name: count for name, count in _costs(whole, spec, tokens).items() if name != "tables"}
 
 
+def packed_specs(config: PreTrainedConfig, spec: Spec) -> list[Spec]:
+    """The spec of each layer that is packed; those with a sliding window are not. SpecError for another model's spec."""
+    layers = DynamicCache(config=config).layers
+    spec.check_layers(len(layers))
+    return [spec.at(index) for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
 def _costs(whole: PreTrainedConfig, spec: Spec, tokens: int) -> dict[str, int]:
     config: Any = whole.get_text_config(decoder=True)
     d, heads = head_dim(config), int(config.num_key_value_heads or config.num_attention_heads)
     layers: list[Any] = DynamicCache(config=config).layers
-    spec.check_layers(len(layers))
-    packed = [spec.at(index) for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    packed = packed_specs(config, spec)
     pages = [(one.k.layout(d), one.v.layout(d)) for one in packed]
     block = pages[0][0].block if pages else BLOCK
     token = 2 * heads * d * BF16
