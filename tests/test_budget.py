@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 BUDGET = {
     ".": 3970,
     "bench": 2560,
-    "calibrate": 1440,
+    "calibrate": 1450,
     "codecs": 1620,
     "eval": 1570,
     "hf": 1500,

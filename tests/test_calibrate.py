@@ -78,7 +78,7 @@ def test_weights_of_the_objective() -> None:
     features, loss = torch.randn(400, 4), torch.rand(400, 4, dtype=torch.float64).sort(descending=True).values
     cheap, dear = (train(features, loss, 3.0, 0, Weights(cost=cost))[0] for cost in (0.0, 100.0))
     assert not all(torch.equal(cheap[name], dear[name]) for name in cheap)
-    for wrong in ({"label": 0.0}, {"cost": -1.0}, {"quality": float("nan")}):
+    for wrong in ({"cost": -1.0}, {"quality": float("nan")}):
         with pytest.raises(InputError, match="0 or more"):
             Weights(**wrong)
 

@@ -21,17 +21,15 @@ SHUFFLES = 50
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the three terms of the objective: the paper's alpha, beta and gamma, of which it gives no values."""
+    """Of cost and quality in the objective beside the label's 1: the paper's beta and gamma, which it leaves open."""
 
-    label: float = 1.0
     cost: float = 0.1
     quality: float = 1.0
 
     def __post_init__(self) -> None:
-        if not all(np.isfinite(x) and x >= 0 for x in (self.label, self.cost, self.quality)) or not self.label:
+        if not all(np.isfinite(x) and x >= 0 for x in (self.cost, self.quality)):
             raise InputError(
-                f"Weights of label, cost and quality {self.label:g}, {self.cost:g}, {self.quality:g}: "
-                "each must be 0 or more, and that of the label more than 0."
+                f"cost={self.cost:g} and quality={self.quality:g}: a weight must be 0 or more, and finite."
             )
 
 
@@ -104,9 +102,9 @@ def _quality(loss: Float[Tensor, "n levels"]) -> Float[Tensor, "n levels"]:
 def _objective(
     logits: Float[Tensor, "n levels"], labels: Int[Tensor, "n"], quality: Tensor, terms: Weights
 ) -> Float[Tensor, ""]:
-    """alpha CE + beta sum p c + gamma (1 - sum p q), the cost c of a level being its bits in sixteenths."""
+    """CE + beta sum p c + gamma (1 - sum p q), the cost c of a level being its bits in sixteenths."""
     p, cost = logits.softmax(-1), torch.tensor(BITS) / BITS[-1]
-    by_label = terms.label * cross_entropy(logits, labels)
+    by_label = cross_entropy(logits, labels)
     return by_label + terms.cost * (p * cost).sum(-1).mean() + terms.quality * (1 - (p * quality).sum(-1).mean())
 
 

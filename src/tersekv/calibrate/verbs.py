@@ -38,9 +38,8 @@ def adaptive(
     spec: str = "rotated:bits=3",
     windows: Windows = 24,
     tokens: int = 64,
-    label_weight: Annotated[float, Parameter(help="Of the cross entropy with the measured label.")] = 1.0,
-    cost_weight: Annotated[float, Parameter(help="Of the expected bits.")] = 0.1,
-    quality_weight: Annotated[float, Parameter(help="Of the expected loss of quality.")] = 1.0,
+    cost: Annotated[float, Parameter(help="Weight of expected bits beside that of labels, 1, in training.")] = 0.1,
+    quality: Annotated[float, Parameter(help="Weight of the expected loss of quality.")] = 1.0,
     window: Window = 384,
     follow: Follow = 32,
     seed: Seed = 0,
@@ -68,10 +67,9 @@ def adaptive(
     from tersekv.calibrate.training import Weights
 
     settings, name = Settings(model, text, spec, windows, window, follow, seed, device), Path(model).name
-    terms = Weights(label_weight, cost_weight, quality_weight)
-    folder = directory or Path("calibrations") / "adaptive" / name
+    folder, out = directory or Path(f"calibrations/adaptive/{name}"), out or Path(f"controllers/{name}.safetensors")
     with Stages() as stages:
-        result = run(settings, tokens, folder, out or Path("controllers") / f"{name}.safetensors", stages, terms)
+        result = run(settings, tokens, folder, out, stages, Weights(cost, quality))
     show(result, json)
 
 
@@ -200,8 +198,7 @@ def klt(
     from tersekv.calibrate.klt import calibrate as run
     from tersekv.calibrate.session import Settings
 
-    name = Path(model).name
-    settings = Settings(model, text, "none", windows, window, 1, seed, device)
+    settings, name = Settings(model, text, "none", windows, window, 1, seed, device), Path(model).name
     folder = directory or Path("calibrations") / "gradients" / name
     with Stages() as stages:
         result = run(settings, groups, weights, folder, out or Path("transforms") / f"{name}.safetensors", stages)

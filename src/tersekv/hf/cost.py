@@ -60,7 +60,7 @@ def model_cost(whole: PreTrainedConfig, spec: Spec, context: int | None = None) 
 
 
 def packed_specs(config: PreTrainedConfig, spec: Spec) -> list[Spec]:
-    """The spec of each layer that is packed; those with a sliding window are not. SpecError for another model's spec."""
+    """Of each layer that is packed; those with a sliding window are not. Raises SpecError for another model's spec."""
     layers = DynamicCache(config=config).layers
     spec.check_layers(len(layers))
     return [spec.at(index) for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
