@@ -23,6 +23,8 @@ from tersekv.policy.controller import Controller
 from tersekv.spec import parse
 from tersekv.terminal import Stages, to_text
 
+HEADS = 2  # of keys and values in a layer of the test models
+
 
 @pytest.fixture
 def prefix() -> Prefix:
@@ -60,6 +62,8 @@ def test_fewer_bits_and_more_of_a_cache_cost_more(prefix: Prefix) -> None:
     assert prefix.divergences([Change(2, slice(4, 68))])[0] < every[0]
     layers = prefix.divergences([Change(2, whole, layer, side) for layer in range(3) for side in "kv"])
     assert all(0 < part < every[0] for part in layers)
+    heads = prefix.divergences([Change(2, whole, 1, "k", head) for head in range(HEADS)])
+    assert len(set(heads)) == HEADS and all(0 < part < 3 * layers[2] for part in heads)
 
 
 def test_training_learns_which_tokens_are_worth_their_bits() -> None:
@@ -142,6 +146,9 @@ def test_a_budget_goes_where_it_was_measured_to_help(settings: Settings, tmp_pat
             assert len(layers) == 3 and sum(map(sum, layers)) == 6 * average
         assert allocation.foreseen["as measured"] < allocation.foreseen["the same bits, dealt at random"]
         assert all(sides[side][0] > sides[side][-1] for sides in allocation.kl.values() for side in "kv")
+        heads = [x for sides in allocation.heads.values() for side in "kv" for x in sides[side]]
+        assert len(heads) == 2 * HEADS * len(allocation.kl) and min(heads) > 0
+        assert "dearest heads" in to_text(allocation)
     assert len((tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()) == 2, "measured once"
     held = []
     with tersekv.attached(model):

@@ -18,7 +18,8 @@ from tersekv.eval.samples import RunDirectory, read_samples
 from tersekv.eval.statistics import difference
 from tersekv.models import LoadedModel
 from tersekv.record import write
-from tersekv.reports.tables import Results, models, tables
+from tersekv.reports.models import models
+from tersekv.reports.tables import Results, tables
 from tersekv.terminal import Stages, to_text
 
 RUN = """

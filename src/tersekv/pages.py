@@ -1,10 +1,10 @@
 """Generated blocks of README and docs: `tersekv report` writes them, `tersekv report --check` exits 1 if stale.
 
 A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. SOURCE is a committed record,
-its caption alone (`results/smollm2.json#caption`), one table of a record that has several
+its caption alone (`results/choices.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
-(`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`, or the rows of a method,
-`results/models#kivi`), differences from a row
+(`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`, the rows of a method,
+`results/models#kivi`, or presets and plain codecs by bits, `results/models#choices`), differences from a row
 (`results/models/smollm2.json#against=kivi:bits=4`), a published table beside ours (`runs/published.toml#antkv`), or a
 table of the registry: codecs, presets, bytes.
 """
@@ -27,14 +27,15 @@ from tersekv.registry import POLICIES
 from tersekv.reports.captions import caption
 from tersekv.reports.differences import against
 from tersekv.reports.figures import is_fresh, svg
+from tersekv.reports.models import choices, models
 from tersekv.reports.replications import PUBLISHED, replication
-from tersekv.reports.tables import methods, models, uses
+from tersekv.reports.tables import methods, uses
 from tersekv.reports.tables import tables as quality_tables
 from tersekv.spec import codecs, parse
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(?=<!-- /generated -->)", re.DOTALL)
-FIGURES = {"docs/images/smollm2.svg": "results/smollm2.json", "docs/images/speed.svg": "results/attend.json"}
+FIGURES = {"docs/images/models.svg": "results/models", "docs/images/speed.svg": "results/attend.json"}
 
 
 def markdown(table: Table) -> str:
@@ -110,9 +111,9 @@ def content(source: str, root: Path) -> str:
         return f"{markdown(table)}\n\nTheirs: {said}."
     if not name.startswith("results/"):
         raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
-    if (root / name).is_dir() and (part == "models" or part in {*codecs(), *POLICIES}):
+    if (root / name).is_dir() and part in {"models", "choices", *codecs(), *POLICIES}:
         records = [json.loads(path.read_text()) for path in sorted((root / name).glob("*.json"))]
-        return markdown(models(records, None if part == "models" else part))
+        return markdown(choices(records) if part == "choices" else models(records, None if part == "models" else part))
     if not (root / name).is_file():
         return "Not measured yet."
     record = json.loads((root / name).read_text())
@@ -135,7 +136,7 @@ def outdated(root: Path = ROOT) -> dict[Path, Callable[[], bytes]]:
         if fresh != text:
             found[page] = fresh.encode
     for picture, name in FIGURES.items():
-        if (root / name).is_file() and not is_fresh(root / picture, root / name):
+        if (root / name).exists() and not is_fresh(root / picture, root / name):
             found[root / picture] = partial(svg, root / name)
     return found
 

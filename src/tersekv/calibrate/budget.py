@@ -20,6 +20,7 @@ from tersekv.terminal import Stages
 
 LEVELS = np.array([2, 3, 4, 5, 6])
 CONTROLS = 3  # specs with the same bits, dealt to layers and sides at random
+DEAREST = 8  # heads that are printed
 SIDES = "kv"
 
 
@@ -27,19 +28,26 @@ SIDES = "kv"
 class Allocation:
     """What was found; printed without its specs, which are longer than a line of a terminal and are to be copied.
 
-    `kl` is the cost of each layer (by index), side and level alone, in nats; `foreseen` sums of it by spec.
+    `kl` is the cost of each layer (by index), side and level alone, in nats; `heads` that of each KV head at the fewest
+    bits, which no spec can tell apart; `foreseen` sums of `kl` by spec.
     """
 
     spec: str
     controls: list[str]
     levels: list[int]
     kl: dict[int, dict[str, list[float]]]
+    heads: dict[int, dict[str, list[float]]]
     foreseen: dict[str, float]
     about: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         found = {"spec": self.spec, "controls": self.controls, "levels": self.levels}
-        return {"calibrate": "budget"} | self.about | found | {"foreseen": self.foreseen, "kl": self.kl}
+        return (
+            {"calibrate": "budget"}
+            | self.about
+            | found
+            | {"foreseen": self.foreseen, "kl": self.kl, "heads": self.heads}
+        )
 
     def __rich__(self) -> Group:
         table = Table("layer", "side", *(Column(f"{bits} bits", justify="right") for bits in self.levels))
@@ -48,7 +56,17 @@ class Allocation:
             for side, row in sides.items():
                 table.add_row(f"{layer}", side, *(f"{1e4 * x:.3f}" for x in row))
         sums = "\n".join(f"{name}: sum of KL {value:.5f}" for name, value in self.foreseen.items())
-        return Group(table, sums)
+        return Group(table, self._dearest_heads(), sums)
+
+    def _dearest_heads(self) -> Table:
+        table = Table(
+            "layer", "side", "KV head", Column("KL", justify="right"), Column("share of all", justify="right")
+        )
+        table.title = f"The {DEAREST} dearest heads, {self.levels[0]} bits for one alone, 1e-4 nats"
+        every = [(x, layer, side, n) for layer, y in self.heads.items() for side in y for n, x in enumerate(y[side])]
+        for x, layer, side, n in sorted(every, reverse=True)[:DEAREST]:
+            table.add_row(f"{layer}", side, f"{n}", f"{1e4 * x:.3f}", f"{100 * x / sum(z[0] for z in every):.1f} %")
+        return table
 
 
 def calibrate(settings: Settings, bits: float, folder: Path, stages: Stages) -> Allocation:
@@ -57,8 +75,12 @@ def calibrate(settings: Settings, bits: float, folder: Path, stages: Stages) -> 
         raise InputError(f"--bits {bits:g}: the average must be from {LEVELS[0]} to {LEVELS[-1]}.")
     session = Session.open(settings, stages)
     samples = session.measured("budget", folder, _measure)
-    layers = [int(layer) for layer in samples[0]]
-    kl = {x: {side: np.mean([s[str(x)][side] for s in samples], 0).tolist() for side in SIDES} for x in layers}
+    layers = [int(layer) for layer in samples[0]["levels"]]
+
+    def means(name: str) -> dict[int, dict[str, list[float]]]:
+        return {x: {y: np.mean([s[name][str(x)][y] for s in samples], 0).tolist() for y in SIDES} for x in layers}
+
+    kl, heads = means("levels"), means("heads")
     loss = np.array([[kl[layer][side] for side in SIDES] for layer in layers]).reshape(-1, len(LEVELS))
     chosen = allocate(-loss[None], LEVELS, round(bits * len(loss)))[0]
     dealt = [np.random.default_rng(seed).permutation(chosen) for seed in range(1, CONTROLS + 1)]
@@ -71,7 +93,7 @@ def calibrate(settings: Settings, bits: float, folder: Path, stages: Stages) -> 
     if bits in LEVELS:
         foreseen[f"{bits:g} bits everywhere"] = _sum(loss, np.full_like(chosen, list(LEVELS).index(bits)))
     about = session.about | {"bits": bits}
-    return Allocation(spec(chosen), [spec(x) for x in dealt], LEVELS.tolist(), kl, foreseen, about)
+    return Allocation(spec(chosen), [spec(x) for x in dealt], LEVELS.tolist(), kl, heads, foreseen, about)
 
 
 def _spec(given: Spec, bits: Int[np.ndarray, "n 2"], packed: list[int], count: int, base: int) -> Spec:
@@ -84,11 +106,19 @@ def _spec(given: Spec, bits: Int[np.ndarray, "n 2"], packed: list[int], count: i
 
 def _measure(prefix: Prefix, progress: Callable[[float], None]) -> dict[str, Any]:
     tokens = slice(prefix.blocks.start, min(prefix.blocks.stop, prefix.ids.shape[1] - BLOCK))
-    layers = list(prefix.layers())
-    changes = [Change(bits, tokens, layer, side) for layer in layers for side in SIDES for bits in LEVELS.tolist()]
-    found = prefix.divergences(changes, lambda count: progress(count / len(changes)))
-    table = np.array(found).reshape(len(layers), len(SIDES), len(LEVELS)).tolist()
-    return {str(layer): dict(zip(SIDES, rows, strict=True)) for layer, rows in zip(layers, table, strict=True)}
+    layers = prefix.layers()
+    heads = range(next(iter(layers.values())).keys.shape[1])
+    places = [(layer, side) for layer in layers for side in SIDES]
+    changes = [Change(bits, tokens, *place) for place in places for bits in LEVELS.tolist()]
+    changes += [Change(LEVELS.tolist()[0], tokens, *place, head) for place in places for head in heads]
+    found = np.array(prefix.divergences(changes, lambda count: progress(count / len(changes))))
+    whole = len(places) * len(LEVELS)
+    parts = {"levels": found[:whole], "heads": found[whole:]}
+    return {name: _by_place(x.reshape(len(layers), len(SIDES), -1), list(layers)) for name, x in parts.items()}
+
+
+def _by_place(table: Float[np.ndarray, "layers sides n"], layers: list[int]) -> dict[str, dict[str, list[float]]]:
+    return {str(x): dict(zip(SIDES, rows, strict=True)) for x, rows in zip(layers, table.tolist(), strict=True)}
 
 
 def _sum(loss: Float[np.ndarray, "n levels"], chosen: Int[np.ndarray, "n"]) -> float:

@@ -23,12 +23,17 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Change:
-    """These tokens (a slice of positions), in these layers (all: None) and sides, as `bits` would store them."""
+    """These tokens (a slice of positions), in a layer, KV head (None: all) and sides, as `bits` would store them."""
 
     bits: int
     tokens: slice
     layer: int | None = None
     sides: str = "kv"
+    head: int | None = None
+
+    @property
+    def heads(self) -> slice:
+        return slice(None) if self.head is None else slice(self.head, self.head + 1)
 
 
 @dataclass
@@ -97,7 +102,7 @@ class Prefix:
                         continue
                     for side, x in (("k", layers[index].keys), ("v", layers[index].values)):
                         if side in change.sides:
-                            x[row, :, change.tokens] = coded[side][0, :, change.tokens]
+                            x[row, change.heads, change.tokens] = coded[side][0, change.heads, change.tokens]
             logits = self.model(input_ids=self.follow.expand(1 + len(some), -1), past_key_values=cache).logits
             logs = logits.double().log_softmax(-1)  # in fp32 the sum below has the size of one token's share
             found += (logs[0].exp() * (logs[0] - logs[1:])).sum(-1).mean(-1).tolist()

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from tersekv.errors import InputError, did_you_mean
 from tersekv.eval.statistics import difference
-from tersekv.reports.cells import number_and_interval
+from tersekv.reports.cells import number_and_interval, shown
 from tersekv.spec import parse
 
 Record = dict[str, Any]
@@ -59,11 +59,11 @@ def against(record: Record, reference: str) -> Table:
     if not columns:
         raise InputError(f"This record of {', '.join(record['run'])} holds no samples to pair. Measure it again.")
     heads = (Column(f"{measure.head} (95 %)", justify="right") for measure in columns)
-    table = Table(f"less {name}", Column("body", justify="right"), *heads)
+    table = Table(f"less {shown(name)}", Column("body", justify="right"), *heads)
     for spec, row in rows.items():
         if spec != name:
             cells = (_cell(measure, row, rows[name], record["run"]["seed"] or 0) for measure in columns)
-            table.add_row(spec, f"{row['body_bits']:.2f}", *cells)
+            table.add_row(shown(spec), f"{row['body_bits']:.2f}", *cells)
     return table
 
 

@@ -11,7 +11,10 @@ from typing import Any
 from tersekv.bench.picture import draw_attention
 from tersekv.errors import TersekvError
 from tersekv.record import headline
+from tersekv.registry import PRESETS
 from tersekv.reports.captions import caption
+from tersekv.reports.cells import shown
+from tersekv.reports.models import draw_models
 from tersekv.spec import parse, print_codec
 
 # From Okabe and Ito's colours, which colour-blind people can tell apart; the marker says the same once more.
@@ -38,14 +41,22 @@ def family_and_label(spec: str) -> tuple[str, str]:
         kept = [option for option in options.split(",") if option and not option.startswith("bits=")]
         families.append(" ".join([name, *kept]))
         bits.append(f"{codec.layout(64).nominal_bits:g}")
+    label = bits[0] if bits[0] == bits[1] else f"K{bits[0]} V{bits[1]}"
+    if shown(spec) in PRESETS:
+        return "terse, the presets", label
     k, v = families
     policy = [word for word in spec.split() if word.startswith(("policy=", "sink=", "recent=", "keep="))]
     family = k if k.startswith(v) else f"{k} / {v}"
-    return " ".join([family, *policy]), f"{bits[0]}" if bits[0] == bits[1] else f"K{bits[0]} V{bits[1]}"
+    return " ".join([family, *policy]), label
 
 
 def digest(source: Path) -> str:
-    return sha256(source.read_bytes()).hexdigest()
+    """Of a record, or of the records in a folder."""
+    return sha256(b"".join(path.read_bytes() for path in _records(source))).hexdigest()
+
+
+def _records(source: Path) -> list[Path]:
+    return sorted(source.glob("*.json")) if source.is_dir() else [source]
 
 
 def is_fresh(picture: Path, source: Path) -> bool:
@@ -54,10 +65,13 @@ def is_fresh(picture: Path, source: Path) -> bool:
 
 
 def svg(source: Path) -> bytes:
-    """The picture of the record in `source`, which names the record's hash."""
-    record = json.loads(source.read_text())
+    """The picture of the record in `source`, or of the records of several models in that folder; names their hash."""
+    found, name = [json.loads(path.read_text()) for path in _records(source)], f"sha256 {digest(source)}"
+    record = found[0]
+    if source.is_dir():
+        return picture(lambda figure: draw_models(figure, found), caption(record), name, size=(9.6, 4.4))
     draw = draw_attention if record.get("bench") == "attend" else draw_quality
-    return picture(lambda figure: draw(figure.add_subplot(), record), caption(record), f"sha256 {digest(source)}")
+    return picture(lambda figure: draw(figure.add_subplot(), record), caption(record), name)
 
 
 def picture(

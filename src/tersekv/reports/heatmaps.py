@@ -1,8 +1,11 @@
 """Pictures of where errors are: by layer and head, along a text, and by length and depth of a needle."""
 
+from textwrap import fill
 from typing import Any
 
 import numpy as np
+
+from tersekv.reports.cells import shown
 
 Record = dict[str, Any]
 ACROSS = 2  # maps in a row
@@ -21,8 +24,8 @@ def draw_heads(figure: Any, record: Record, metric: str) -> None:
     for place, (spec, found) in zip(axes, rows, strict=True):
         image = place.imshow(values[spec].T, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest")
         layers = found["layers"]
-        shown = range(0, len(layers), max(1, len(layers) // 5))
-        place.set_xticks(list(shown), [layers[n] for n in shown])
+        ticks = range(0, len(layers), max(1, len(layers) // 5))
+        place.set_xticks(list(ticks), [layers[n] for n in ticks])
         heads = len(found["by_head"][0])
         place.set_yticks(range(0, heads, max(1, heads // 4)))
         _head(place, spec, "layer", "query head" if metric == "output_error" else "KV head")
@@ -51,7 +54,7 @@ def draw_growth(axes: Any, record: Record, section: str) -> None:
         found = next(iter(row["logits"].values())) if section == "logits" else row["growth"]
         parts = found.get("kl_by_part", [])
         if parts and max(parts) > 0:
-            axes.plot(range(1, len(parts) + 1), parts, marker="o", markersize=4, linewidth=1, label=row["spec"])
+            axes.plot(range(1, len(parts) + 1), parts, marker="o", markersize=4, linewidth=1, label=shown(row["spec"]))
     where = "windows of the text" if section == "logits" else "text that the dense cache generated"
     axes.set(yscale="log", xlabel=f"eighth of the {where}", ylabel="mean KL to the dense cache, nats")
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -73,7 +76,7 @@ def _maps(figure: Any, count: int) -> list[Any]:
 
 
 def _head(place: Any, spec: str, x: str, y: str) -> None:
-    place.set_title(spec, fontsize=7)
+    place.set_title(fill(shown(spec), 36), fontsize=7)
     place.set_xlabel(x, fontsize=7)
     place.set_ylabel(y, fontsize=7)
     place.tick_params(labelsize=7)

@@ -15,6 +15,7 @@ from tersekv.errors import InputError
 from tersekv.eval.tensors import HEAT_MAPS
 from tersekv.record import headline
 from tersekv.reports.captions import caption
+from tersekv.reports.cells import shown
 from tersekv.reports.figures import draw_quality, picture
 from tersekv.reports.heatmaps import draw_growth, draw_heads, draw_needle, size
 from tersekv.reports.tables import Record, tables
@@ -100,7 +101,7 @@ def models_table(records: list[Record]) -> Table:
     table = Table("spec", *(Column(head, justify="right") for head in heads))
     rows = [{row["spec"]: row for row in record["rows"]} for record in records]
     for spec in dict.fromkeys(spec for found in rows for spec in found):
-        table.add_row(spec, *(cell for found in rows for cell in _three(found.get(spec))))
+        table.add_row(shown(spec), *(cell for found in rows for cell in _three(found.get(spec))))
     return table
 
 

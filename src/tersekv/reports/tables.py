@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from tersekv.eval.metrics import COSINES, ERRORS
 from tersekv.record import headline
 from tersekv.reports.captions import caption
-from tersekv.reports.cells import number_and_interval, of_any
+from tersekv.reports.cells import number_and_interval, shown
 from tersekv.reports.differences import against
 from tersekv.terminal import bytes_text
 
@@ -38,7 +38,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     x = headline(row)
     assert x is not None, "`tables` offers this table for records with logits alone"
     return {
-        "spec": row["spec"],
+        "spec": shown(row["spec"]),
         "nominal": f"{row['nominal_bits']:g}",
         "body": f"{row['body_bits']:.2f}",
         "held": bytes_text(x["held"]),
@@ -58,18 +58,18 @@ def methods(rows: list[dict[str, Any]]) -> Table:
     if fitted:
         table.add_column("calibration", justify="right")
     for row in rows:
-        cells, taken = _cells(row), [_fitting(row)] if fitted else []
-        table.add_row(row["spec"], *(cells[name] for name in names), row.get("recipe", "-"), _kernels(row), *taken)
+        cells, taken = _cells(row), [fitting(row)] if fitted else []
+        table.add_row(*(cells[name] for name in ("spec", *names)), row.get("recipe", "-"), kernels(row), *taken)
     return table
 
 
-def _kernels(row: dict[str, Any]) -> str:
+def kernels(row: dict[str, Any]) -> str:
     if "kernels" not in row:
         return "torch"
     return ", ".join(KERNELS[device] for device in row["kernels"]) or "reference"
 
 
-def _fitting(row: dict[str, Any]) -> str:
+def fitting(row: dict[str, Any]) -> str:
     seconds = row.get("calibration_seconds")
     return "-" if seconds is None else f"{seconds:,.0f} s"
 
@@ -77,30 +77,6 @@ def _fitting(row: dict[str, Any]) -> str:
 def uses(spec: str, method: str) -> bool:
     """Whether a spec names a codec or policy."""
     return re.search(rf"(^|[= ]){method}([: ]|$)", spec) is not None
-
-
-def models(records: list[Record], method: str | None = None) -> Table:
-    """Rows of one run on several models side by side, all or those of a method; the first one's recipe."""
-    heads = [f"{x['run']['model']}: {what}" for x in records for what in ("body", "held", "KL (95 %)", "top-1")]
-    columns = (Column(head, justify="right") for head in ("nominal", *heads))
-    table = Table("spec", *columns, "recipe", "kernels")
-    fitted = any("calibration_seconds" in row for record in records for row in record["rows"])
-    if fitted:
-        table.add_column("calibration", justify="right")
-    for rows in zip(*(record["rows"] for record in records), strict=True):
-        first, (spec,) = rows[0], {of_any(row["spec"], x) for row, x in zip(rows, records, strict=True)}
-        if method is not None and not uses(spec, method):
-            continue
-        cells, taken = [cell for row in rows for cell in _of_one(row)], [_fitting(first)] if fitted else []
-        table.add_row(spec, f"{first['nominal_bits']:g}", *cells, first.get("recipe", "-"), _kernels(first), *taken)
-    return table
-
-
-def _of_one(row: dict[str, Any]) -> tuple[str, ...]:
-    x = headline(row)
-    assert x is not None, "a folder's table is of logits"
-    kl = number_and_interval(x, "kl_mean", ".5f")
-    return f"{row['body_bits']:.2f}", bytes_text(x["held"]), kl, f"{100 * x['top1']:.1f} %"
 
 
 def windows(record: Record) -> Table:
@@ -113,7 +89,7 @@ def windows(record: Record) -> Table:
         for x in row["logits"].values():
             worse = number_and_interval(x, "loss_difference", "+.4f")
             cells += [number_and_interval(x, "kl_mean", ".4f"), f"{x['kl_max']:.2f}", worse]
-        table.add_row(row["spec"], *cells)
+        table.add_row(shown(row["spec"]), *cells)
     return table
 
 
@@ -138,7 +114,7 @@ def _fidelity(record: Record, metrics: tuple[str, ...], place: str | None = None
     for row in record["rows"]:
         found = (row["tensors"].get(name) for name in metrics)
         cells = ["-" if x is None else _four(x) for x in found]
-        table.add_row(row["spec"], *cells, *([_place(row)] if place else []))
+        table.add_row(shown(row["spec"]), *cells, *([_place(row)] if place else []))
     return table
 
 
@@ -153,7 +129,7 @@ def growth(record: Record) -> Table:
         parts = x["kl_by_part"]
         cells = [f"{parts[0]:.4f}", f"{parts[-1]:.4f}", f"{100 * x['top1']:.1f} %"]
         same = f"{number_and_interval(x, 'same_tokens', '.0f')} of {x['new_tokens']}"
-        table.add_row(row["spec"], number_and_interval(x, "kl_mean", ".4f"), *cells, same)
+        table.add_row(shown(row["spec"]), number_and_interval(x, "kl_mean", ".4f"), *cells, same)
     return table
 
 
@@ -163,7 +139,7 @@ def needle(record: Record) -> Table:
         x = row["needle"]
         lost = number_and_interval(x, "difference", "+.1f", 100, " points")
         score = number_and_interval(x, "log_probability_difference", "+.3f")
-        table.add_row(row["spec"], f"{100 * x['hits']:.1f} % of {x['items']}", lost, score)
+        table.add_row(shown(row["spec"]), f"{100 * x['hits']:.1f} % of {x['items']}", lost, score)
     return table
 
 
@@ -177,7 +153,7 @@ def tasks(record: Record) -> Table:
             x = row["tasks"][task]["metrics"][metric]
             score = number_and_interval(x, "score", ".3g", 100, " %")
             cells += [score, number_and_interval(x, "difference", "+.2f", 100, " points")]
-        table.add_row(row["spec"], *cells)
+        table.add_row(shown(row["spec"]), *cells)
     return table
 
 
@@ -187,7 +163,7 @@ def speed(record: Record) -> Table:
         x = row["speed"]
         rate, faster = x["tokens_per_second"], x["times_faster_than_dense"]
         table.add_row(
-            row["spec"],
+            shown(row["spec"]),
             f"{x['prefill_seconds']:.2f}",
             f"{rate['median']:.1f} ({rate['p20']:.1f}-{rate['p80']:.1f})",
             f"{faster['median']:.2f} ({faster['p20']:.2f}-{faster['p80']:.2f})",
@@ -203,7 +179,7 @@ def memory(record: Record) -> Table:
     for row in record["rows"]:
         x = headline(row)
         for plane, count in (x or {}).get("planes", {}).items():
-            table.add_row(row["spec"], plane, bytes_text(count), f"{100 * count / max(x['held'], 1):.1f} %")  # pyright: ignore[reportOptionalSubscript]
+            table.add_row(shown(row["spec"]), plane, bytes_text(count), f"{100 * count / max(x['held'], 1):.1f} %")  # pyright: ignore[reportOptionalSubscript]
     return table
 
 
