@@ -41,7 +41,15 @@ def test_all_routes_give_the_same_greedy_tokens(real: LoadedModel) -> None:
         tokens.append(out.sequences)
         logits.append(torch.cat(out.logits))
     assert torch.equal(tokens[0], tokens[1])
-    assert torch.equal(tokens[2], tokens[1]), "8-bit integers in attention changed a greedy token"
+    changed = (tokens[2] != tokens[1])[
+        0, ids.shape[1] :
+    ].nonzero()  # the prompt is of these pages: now and then a near tie
+    if len(changed):
+        where, other = int(changed[0]), int(tokens[2][0, ids.shape[1] + int(changed[0])])
+        lead = logits[1][where].max() - logits[1][where, other]
+        assert lead < 0.01 * logits[1][where].std(), (
+            f"8-bit integers in attention changed token {where}, {lead:.3f} ahead"
+        )
     # fp32 roundings grow through the layers; some thousand of the largest logit is their size after thirty.
     bound = 5000 * torch.finfo(torch.float32).eps * logits[0].abs().max()
     assert (logits[0] - logits[1]).abs().max() <= bound
