@@ -20,6 +20,7 @@ from tersekv.eval.runfile import read_run
 from tersekv.pages import FIGURES, ROOT, outdated, update
 from tersekv.reports.captions import caption
 from tersekv.reports.figures import family_and_label, is_fresh
+from tersekv.reports.models import by_bits
 from tersekv.reports.replications import PUBLISHED
 from tersekv.spec import codecs
 
@@ -187,6 +188,24 @@ def test_a_published_row_means_the_file_of_each_model(tmp_path: Path, record: di
 )
 def test_points_are_named_by_codec_and_bits(spec: str, expected: tuple[str, str]) -> None:
     assert family_and_label(str(parse(spec))) == expected
+
+
+def test_presets_are_bold_among_plain_codecs_by_bits(record: dict[str, Any]) -> None:
+    dense, row = record["rows"]
+    named = {
+        "terse4": 4.2,
+        "kivi": 3.0,
+        "rotated:bits=3 policy=queryaware": 3.2,
+        "vq:dim=4": 2.2,
+        "rotated:bits=5": 5.2,
+    }
+    rows = [
+        dense | {"body_bits": 16.0},
+        *(row | {"spec": str(parse(spec)), "body_bits": bits} for spec, bits in named.items()),
+    ]
+    table = by_bits([record | {"rows": rows}, record | {"rows": rows}])
+    assert list(table.columns[0].cells) == ["dense", "rotated:bits=5", "**terse4**", "kivi:bits=2"]
+    assert len(table.columns) == 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -41,15 +41,14 @@ def test_all_routes_give_the_same_greedy_tokens(real: LoadedModel) -> None:
         tokens.append(out.sequences)
         logits.append(torch.cat(out.logits))
     assert torch.equal(tokens[0], tokens[1])
-    changed = (tokens[2] != tokens[1])[
-        0, ids.shape[1] :
-    ].nonzero()  # the prompt is of these pages: now and then a near tie
-    if len(changed):
-        where, other = int(changed[0]), int(tokens[2][0, ids.shape[1] + int(changed[0])])
-        lead = logits[1][where].max() - logits[1][where, other]
-        assert lead < 0.01 * logits[1][where].std(), (
-            f"8-bit integers in attention changed token {where}, {lead:.3f} ahead"
-        )
+    # The prompt is of these pages, so that an edit of them may lead to a near tie: until then both say the same.
+    changed = (tokens[2] != tokens[1])[0, ids.shape[1] :].nonzero()[:, 0].tolist()
+    same = min(changed, default=len(logits[1]) - 1)
+    deviation = logits[1][: same + 1].std()
+    assert (logits[2] - logits[1])[: same + 1].abs().max() < 0.1 * deviation, "of 8-bit integers in attention"
+    if changed:
+        lead = logits[1][same].max() - logits[1][same, tokens[2][0, ids.shape[1] + same]]
+        assert lead < 0.01 * deviation, f"8-bit integers in attention changed token {same}, which was {lead:.3f} ahead"
     # fp32 roundings grow through the layers; some thousand of the largest logit is their size after thirty.
     bound = 5000 * torch.finfo(torch.float32).eps * logits[0].abs().max()
     assert (logits[0] - logits[1]).abs().max() <= bound

@@ -4,7 +4,7 @@ A block stands between `<!-- generated: SOURCE -->` and `<!-- /generated -->`. S
 its caption alone (`results/choices.json#caption`), one table of a record that has several
 (`results/attend.json#long`; an evaluation's first without a name), the rows of a method
 (`results/methods.json#kivi`), the records of a folder side by side (`results/models#models`, the rows of a method,
-`results/models#kivi`, or presets and plain codecs by bits, `results/models#choices`), differences from a row
+`results/models#kivi`, or presets and plain codecs by bits, `results/models#by-bits`), differences from a row
 (`results/models/smollm2.json#against=kivi:bits=4`), a published table beside ours (`runs/published.toml#antkv`), or a
 table of the registry: codecs, presets, bytes.
 """
@@ -27,7 +27,7 @@ from tersekv.registry import POLICIES
 from tersekv.reports.captions import caption
 from tersekv.reports.differences import against
 from tersekv.reports.figures import is_fresh, svg
-from tersekv.reports.models import choices, models
+from tersekv.reports.models import by_bits, models
 from tersekv.reports.replications import PUBLISHED, replication
 from tersekv.reports.tables import methods, uses
 from tersekv.reports.tables import tables as quality_tables
@@ -111,9 +111,9 @@ def content(source: str, root: Path) -> str:
         return f"{markdown(table)}\n\nTheirs: {said}."
     if not name.startswith("results/"):
         raise InputError(f'No block "{source}". {did_you_mean(source, tables)} Or results/NAME.json[#PART].')
-    if (root / name).is_dir() and part in {"models", "choices", *codecs(), *POLICIES}:
+    if (root / name).is_dir() and part in {"models", "by-bits", *codecs(), *POLICIES}:
         records = [json.loads(path.read_text()) for path in sorted((root / name).glob("*.json"))]
-        return markdown(choices(records) if part == "choices" else models(records, None if part == "models" else part))
+        return markdown(by_bits(records) if part == "by-bits" else models(records, None if part == "models" else part))
     if not (root / name).is_file():
         return "Not measured yet."
     record = json.loads((root / name).read_text())

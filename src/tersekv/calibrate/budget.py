@@ -41,13 +41,8 @@ class Allocation:
     about: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"spec": self.spec, "controls": self.controls, "levels": self.levels}
-        return (
-            {"calibrate": "budget"}
-            | self.about
-            | found
-            | {"foreseen": self.foreseen, "kl": self.kl, "heads": self.heads}
-        )
+        names = ("spec", "controls", "levels", "foreseen", "kl", "heads")
+        return {"calibrate": "budget"} | self.about | {name: getattr(self, name) for name in names}
 
     def __rich__(self) -> Group:
         table = Table("layer", "side", *(Column(f"{bits} bits", justify="right") for bits in self.levels))
@@ -59,13 +54,12 @@ class Allocation:
         return Group(table, self._dearest_heads(), sums)
 
     def _dearest_heads(self) -> Table:
-        table = Table(
-            "layer", "side", "KV head", Column("KL", justify="right"), Column("share of all", justify="right")
-        )
-        table.title = f"The {DEAREST} dearest heads, {self.levels[0]} bits for one alone, 1e-4 nats"
+        table = Table("layer", "side", "KV head", *(Column(head, justify="right") for head in ("KL", "share of all")))
+        table.title = f"the {DEAREST} dearest heads, {self.levels[0]} bits for one alone, 1e-4 nats"
         every = [(x, layer, side, n) for layer, y in self.heads.items() for side in y for n, x in enumerate(y[side])]
+        total = sum(x for x, *_ in every)
         for x, layer, side, n in sorted(every, reverse=True)[:DEAREST]:
-            table.add_row(f"{layer}", side, f"{n}", f"{1e4 * x:.3f}", f"{100 * x / sum(z[0] for z in every):.1f} %")
+            table.add_row(f"{layer}", side, f"{n}", f"{1e4 * x:.3f}", f"{100 * x / total:.1f} %")
         return table
 
 

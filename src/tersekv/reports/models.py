@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from itertools import cycle
 from typing import Any
 
 from rich.table import Column, Table
@@ -15,8 +16,9 @@ from tersekv.terminal import bytes_text
 
 PLAIN = re.compile(r"[a-z]+(:bits=\d)?")  # a codec as it comes
 MOST_BITS = 5.2  # of the picture: above, nothing can be told from the dense cache
+PRESETS_LINE = "terse"
 TICKS = (1.5, 2, 2.5, 3, 4, 5)
-STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") * 2, "osD^vPX*<>ph", strict=True))
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vPX*<>ph"
 
 
 def models(records: list[Record], method: str | None = None) -> Table:
@@ -36,9 +38,14 @@ def models(records: list[Record], method: str | None = None) -> Table:
     return table
 
 
-def _of_one(row: dict[str, Any]) -> tuple[str, ...]:
+def _logits(row: dict[str, Any]) -> dict[str, Any]:
     x = headline(row)
     assert x is not None, "a folder's table is of logits"
+    return x
+
+
+def _of_one(row: dict[str, Any]) -> tuple[str, ...]:
+    x = _logits(row)
     kl = number_and_interval(x, "kl_mean", ".5f")
     return f"{row['body_bits']:.2f}", bytes_text(x["held"]), kl, f"{100 * x['top1']:.1f} %"
 
@@ -48,7 +55,7 @@ def plain(spec: str) -> bool:
     return shown(spec) in PRESETS or PLAIN.fullmatch(spec) is not None
 
 
-def choices(records: list[Record]) -> Table:
+def by_bits(records: list[Record]) -> Table:
     """Presets, in bold, and codecs as they come, by bits: the bits of packed tokens, and KL, on each model."""
     heads = (f"{x['run']['model']}: {what}" for x in records for what in ("bits", "KL"))
     table = Table("spec", *(Column(head, justify="right") for head in heads))
@@ -61,32 +68,44 @@ def choices(records: list[Record]) -> Table:
 
 
 def _digits(row: dict[str, Any]) -> str:
-    x = headline(row)
-    assert x is not None, "a folder's table is of logits"
-    return f"{x['kl_mean']:.2g}" if x["kl_mean"] >= 1e-4 else f"{x['kl_mean']:.6f}"
+    kl = _logits(row)["kl_mean"]
+    return f"{kl:.2g}" if kl >= 1e-4 else f"{kl:.6f}"
 
 
 def draw_models(figure: Any, records: list[Record]) -> None:
     """Bits of packed tokens against KL, one panel a model: presets as a line, the others as marks."""
     axes = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
-    for place, record in zip(axes, records, strict=True):
-        points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for row in record["rows"]:
-            x = headline(row)
-            if x and x["kl_mean"] > 0 and plain(row["spec"]) and row["body_bits"] <= MOST_BITS:
-                points[_family(row["spec"])].append((row["body_bits"], x["kl_mean"]))
-        for (name, found), (colour, marker) in zip(sorted(points.items()), STYLES, strict=False):
-            style = {"color": "k", "marker": "o", "linewidth": 2} if name == "terse" else {}
-            style = style or {"color": colour, "marker": marker, "linewidth": 0.5, "alpha": 0.8}
-            place.plot(*zip(*sorted(found), strict=True), markersize=5, label=name, **style)
+    panels = [_points(record) for record in records]
+    styles = _styles({name for points in panels for name in points})
+    lines: dict[str, Any] = {}
+    for place, record, points in zip(axes, records, panels, strict=True):
+        for name, found in points.items():
+            (lines[name],) = place.plot(*zip(*sorted(found), strict=True), markersize=5, **styles[name])
         place.set(xscale="log", yscale="log", title=record["run"]["model"], xlabel="bits a value, all counted")
         place.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         place.minorticks_off()
         place.grid(alpha=0.3, linewidth=0.5)
     axes[0].set_ylabel("KL to the dense cache, nats")
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False)
+    names = sorted(lines)
+    figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False)
+
+
+def _points(record: Record) -> dict[str, list[tuple[float, float]]]:
+    """Bits and KL of each family; what is as good as dense has no place on a logarithm."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in record["rows"]:
+        kl = _logits(row)["kl_mean"]
+        if kl > 0 and plain(row["spec"]) and row["body_bits"] <= MOST_BITS:
+            points[_family(row["spec"])].append((row["body_bits"], kl))
+    return points
+
+
+def _styles(names: set[str]) -> dict[str, dict[str, Any]]:
+    """The same in every panel; a colour and a marker together tell families apart."""
+    looks = zip(sorted(names - {PRESETS_LINE}), cycle(COLOURS), cycle(MARKERS), strict=False)
+    styles = {x: {"color": colour, "marker": marker, "linewidth": 0.5, "alpha": 0.8} for x, colour, marker in looks}
+    return styles | {PRESETS_LINE: {"color": "k", "marker": "o", "linewidth": 2}}
 
 
 def _family(spec: str) -> str:
-    return "terse" if shown(spec) in PRESETS else str(parse(spec)).partition(":")[0]
+    return PRESETS_LINE if shown(spec) in PRESETS else str(parse(spec)).partition(":")[0]
