@@ -69,8 +69,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   let_next_launch();
 
   for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
-  for (int i = threadIdx.x % (32 * WARPS / QUERIES); i < sizeof(Queries::nothing) / 4; i += 32 * WARPS / QUERIES)
-    shared.queries[BY_PAGE ? warp : 0].nothing[i] = 0;
   for (int row = warp; row < HEADS; row += WARPS) {
     const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
     const float scale = row < rows ? a.scale : 0;
@@ -99,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
       for (int row = 0; row < HEADS; row++) quantise(shared.q[row], page, row < rows ? a.scale : 0, row, queries);
       __syncwarp();
     }
-    float s[TOKENS][2];
+    float s[TOKENS][MINE];
     score(page, tables.k, shared.sizes, queries, softmax.ref, left, s);
     page = PIECES == 1 ? page + K::BYTES : next(2 * i + 1);
     mix(page, tables.v, walks, shared.sizes, left, s, softmax);

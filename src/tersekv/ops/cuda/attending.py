@@ -10,24 +10,13 @@ from torch import Tensor
 from tersekv.layout import Layout
 from tersekv.ops.cuda import source, walks
 from tersekv.ops.cuda.compiler import Kernel, kernel
-from tersekv.ops.cuda.reading import TRELLIS_ORDER
+from tersekv.ops.cuda.shapes import Limits, Shape, choose
 from tersekv.ops.pages import Pages, Partial
 from tersekv.ops.recipe import Grid
 from tersekv.ops.trellis import Trellis
 
 LOG2E = 1.4426950408889634
-# Threads of a block and blocks of a multiprocessor, best first; beyond Hopper the first would need too many registers.
-SHAPES = ((256, 2), (128, 3), (256, 1), (128, 1), (64, 1))
-SMALL_SHAPE = (128, 4)  # where all blocks run at once in it, and in the first of SHAPES they would not
-WIDE_SHAPES = ((256, 1), (128, 1), (64, 1))  # where a thread needs more than 128 registers
-LARGE_SHAPES = ((512, 1), *WIDE_SHAPES)  # where a table in shared memory leaves no room for two blocks
-LARGE = 2**15  # bytes of such a table
-# Up to so many bits a page is copied in one piece, for fewer instructions. A warp's ring has one slot more than are
-# under way at a time: a page, or two of its sides. More only make copies wait for each other, and some SMs for long.
-IN_ONE_PIECE = 3
-MOST_SLOTS = 12
 Form = tuple[Layout, Layout, Grid, Grid | Trellis]  # of keys and values
-OVERHEAD, WAVE = 1, 4  # what a block costs besides its pages, and blocks that wait for others, in pages of a warp
 
 
 class Arguments(Structure):
@@ -41,69 +30,6 @@ class Arguments(Structure):
         *((name, c_int) for name in ("page_bytes", "rows", "blocks", "splits", "tiles")),
         ("scale", c_float),
     )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a launch. `groups`: of columns of a matrix instruction; each holds 8 / groups query rows.
-
-    `pieces`: in which a page is copied, whole or keys and values each.
-    """
-
-    d: int
-    groups: int
-    threads: int
-    blocks: int
-    pieces: int
-    slots: int
-    shared_bytes: int
-
-    def constants(self) -> str:
-        return (
-            f"constexpr int D = {self.d}, GROUPS = {self.groups}, THREADS = {self.threads}, "
-            f"BLOCKS_PER_SM = {self.blocks}, PIECES = {self.pieces}, SLOTS = {self.slots};\n"
-        )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a GPU: major compute capability, multiprocessors, bytes of shared memory of one of them and of a block."""
-
-    major: int
-    processors: int
-    sm_bytes: int
-    block_bytes: int
-
-
-@lru_cache
-def shape(k: Layout, v: Layout, rows: int, gpu: Limits, sequences: int = 1) -> Shape:
-    """The first shape whose rings fit, with the fewest slots that can hold the sums of warps at the end.
-
-    `sequences`: times KV heads. What is left for a second turn would run on half of the warps.
-    """
-    groups = 4 if rows <= 2 else 2 if rows <= 4 else 1
-    heads, d, sides = 8 // groups, k.d, (k.nbytes, v.nbytes)
-    pieces = 1 if max(k.code_bits, v.code_bits) <= IN_ONE_PIECE else 2
-    slot = sum(sides) if pieces == 1 else max(sides)
-    by_page = "channel_scale" in k or ("channel_zero" in k and k.plane("channel_zero").kind != "int8")
-    wide = d > 128 or groups == 1 or by_page or "channel_scale" in v or "channel_zero" in v
-    on_each = sequences * -(-rows // heads) / gpu.processors
-    small = SHAPES[0][1] < on_each <= SMALL_SHAPE[1] and gpu.major <= 9
-    windows = walks.table_bytes(v.code_bits) if v.order == TRELLIS_ORDER else 0
-    shapes = WIDE_SHAPES if wide else (SMALL_SHAPE, *SHAPES) if small else SHAPES[gpu.major > 9 :]
-    shapes = LARGE_SHAPES if windows > LARGE and not wide else shapes
-    for threads, blocks in shapes:
-        warps = threads // 32
-        zeros = 16 if groups == 1 else d // 32 * heads * 64
-        queries = -(-(d // 32 * heads * 64 + zeros + 12 * heads) // 16) * 16
-        sizes = 256 if any(p.name == "scale" and p.kind == "log8" for p in (*k.planes, *v.planes)) else 1
-        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1) + 4 * sizes
-        sums = warps * d * 32 + heads * warps * groups * 12  # `Sums` in join.cuh
-        slots = next(count for count in range(pieces + 1, MOST_SLOTS + 1) if warps * count * slot >= sums)
-        total = warps * slots * (slot + 8) + shared + 16 + (windows + warps * heads * 64 + 16 if windows else 0)
-        if total <= min(gpu.sm_bytes // blocks - 1024, gpu.block_bytes):
-            return Shape(d, groups, threads, blocks, pieces, slots, total)
-    raise ValueError(f"{gpu.block_bytes} bytes of shared memory hold no {pieces + 1} slots of {slot} bytes.")
 
 
 @lru_cache
@@ -120,27 +46,11 @@ def text(k: Layout, v: Layout, k_recipe: Grid, v_recipe: Grid | Trellis, how: Sh
 
 
 @lru_cache
-def splits(tiles: int, blocks: int, how: Shape, processors: int) -> int:
-    """Into how many parts each row of pages is cut, known without the lengths.
-
-    What counts is the multiprocessor with most pages. One block on each serves memory as well as all that fit.
-    """
-    at_once, warps = processors * how.blocks, how.threads // 32
-
-    def cost(count: int) -> int:
-        fullest, waves = (-(-tiles * count // units) for units in (processors, at_once))
-        return fullest * (-(-blocks // (count * warps)) + OVERHEAD) + WAVE * waves
-
-    return min(range(1, max(1, min(blocks // warps, at_once)) + 1), key=cost)
-
-
-@lru_cache
 def _plan(pages: Form, sequences: int, blocks: int, rows: int, device: int) -> tuple[Kernel, Shape, int, int]:
     """The kernel, its shape, its tiles of query rows for each sequence and head, and its splits: made once a form."""
     gpu = limits(device)
-    how = shape(pages[0], pages[1], rows, gpu, sequences)
-    tiles = -(-rows // (8 // how.groups))
-    parts = splits(sequences * tiles, blocks, how, gpu.processors)
+    how, parts = choose(pages[0], pages[1], rows, gpu, sequences, blocks)
+    tiles = -(-rows // how.heads)
     # Where each block is to have a multiprocessor of its own, two that share one take twice as long. Beside blocks
     # of other launches the GPU does place them so, unless there is no memory for two.
     alone = gpu.sm_bytes // 2 if sequences * tiles * parts <= gpu.processors else 0
@@ -167,7 +77,7 @@ def launch(pages: Pages, q: Tensor) -> Launch:
     assert isinstance(pages.k_recipe, Grid) and isinstance(pages.v_recipe, Grid | Trellis)  # see `reads`
     form = pages.k_layout, pages.v_layout, pages.k_recipe, pages.v_recipe
     run, how, tiles, parts = _plan(form, b * h, blocks, hq // h * n, q.device.index)
-    results = b * h * tiles * parts * (8 // how.groups) if parts > 1 else 0
+    results = b * h * tiles * parts * how.heads if parts > 1 else 0
     numbers = (pages.pool.stride(0), hq // h * n, blocks, parts, tiles)
     return Launch(run, (b * h * tiles * parts, 1, 1), how.threads, b * h * tiles, results, numbers)
 

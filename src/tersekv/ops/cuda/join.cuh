@@ -16,53 +16,50 @@ struct Arguments {  // as in attending.py
   float scale;                      // of scores, times log2(e)
 };
 
-constexpr int APART = V::TRELLIS ? 1 : GROUPS;  // column groups whose sums a warp has apart
-constexpr int PARTS = WARPS * APART;            // of a head's sums in a block
-constexpr int ITEMS = D * HEADS / 2;   // pairs of neighbouring channels of the heads, see `Item`
-constexpr int AT_ONCE = 16;            // splits of which a thread waits for at the same time
+constexpr int ITEMS = D * HEADS / 2;  // pairs of neighbouring channels of the heads, see `Item`
+constexpr int AT_ONCE = 16;           // splits of which a thread waits for at the same time
 struct Sums {  // of all warps, at the end; lies where the rings were. Lanes side by side, as they hold them
-  float2 out[WARPS][SUMS][2][32];
-  float ref[HEADS][PARTS], mass[HEADS][PARTS], share[HEADS][PARTS];
+  float2 out[WARPS][SUMS][USED][32];
+  float ref[HEADS][WARPS], mass[HEADS][WARPS], share[HEADS][WARPS];
 };
 
 // A warp's sums to shared memory.
 INLINE void put(const Softmax& softmax, Sums& sums) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float common[MINE];  // to all channels
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const int column = 2 * (lane % 4) + j, group = column / HEADS, part = warp * APART + group % APART, head = column % HEADS;
-    float mass = row_sum(softmax.mass[j]);
-    if constexpr (V::TRELLIS)
-#pragma unroll
-      for (int i = HEADS / 2; i < 4; i *= 2) mass += across(mass, i);
-    const float common = V_CHANNELS || V::TRELLIS ? 0 : row_sum(softmax.zero[j]) + softmax.middle[j];
-#pragma unroll
-    for (int m = 0; m < SUMS; m++) {
-      if constexpr (V::TRELLIS) {
-        sums.out[warp][m][j][lane] = make_float2(softmax.out[m][2 * j] * V::STEP, softmax.out[m][2 * j + 1] * V::STEP);
-        continue;
-      }
-      const float factor = V_CHANNELS ? 1.f : V::STEP * (V::BITS == 1 ? 1.f / (1 << (2 * (m % 4))) : 1.f);
-      const float other = V::BITS == 1 && !V_CHANNELS ? factor / 2 : factor;
-      sums.out[warp][m][j][lane] =
-          make_float2(softmax.out[m][j] * factor + common, softmax.out[m][2 + j] * other + common);
+  for (int j = 0; j < MINE; j++) {
+    const float mass = row_sum(softmax.mass[j]);
+    common[j] = V_CHANNELS || V::TRELLIS ? 0 : row_sum(softmax.zero[j]) + softmax.middle[j];
+    if (lane < 4) {
+      sums.ref[lane + 4 * j][warp] = mass > 0 ? softmax.ref[j] : -INFINITE;
+      sums.mass[lane + 4 * j][warp] = mass;
     }
-    if (lane / 4 == 0 && group < APART) sums.ref[head][part] = mass > 0 ? softmax.ref[j] : -INFINITE, sums.mass[head][part] = mass;
+  }
+#pragma unroll
+  for (int m = 0; m < SUMS; m++) {
+    float2 factor = make_float2(V_CHANNELS ? 1.f : V::STEP, V_CHANNELS ? 1.f : V::STEP);
+    if constexpr (V::BITS == 1 && !V_CHANNELS && !V::TRELLIS) factor.x /= 1 << (2 * (m % 4)), factor.y = factor.x / 2;
+#pragma unroll
+    for (int j = 0; j < USED; j++) {
+      const auto& out = softmax.out[m];
+      float2& to = sums.out[warp][m][j][lane];
+      if constexpr (V::TRELLIS) to = make_float2(out[j][0] * factor.x, out[j][1] * factor.y);
+      else to = make_float2(fmaf(out[0][j], factor.x, common[j]), fmaf(out[1][j], factor.y, common[j]));
+    }
   }
 }
 
-// Two neighbouring channels of a head: register pair `m`, `j` of the lanes of `group` 0, 1, ...
+// Two neighbouring channels of a head: register pair `m`, `j` of a lane.
 struct Item {
   int m, j, lane, head, channel;
-  INLINE Item(int i) {
+  INLINE Item(int i) : m(i / (32 * USED)), j(i / 32 % USED), lane(i % 32) {
+    const int first = ROWS * (lane / 4);
     if constexpr (V::TRELLIS) {
-      lane = i % 32, j = i / 32 % 2, m = i / 64;
-      head = 2 * (m % (HEADS / 2)) + lane % 4 / 2, channel = ROWS * (lane / 4) + 8 * (m / (HEADS / 2)) + 4 * j + lane % 2 * 2;
-      return;
+      head = 2 * (m % (HEADS / 2)) + lane % 4 / 2, channel = first + 8 * (m / (HEADS / 2)) + 4 * j + lane % 2 * 2;
+    } else {
+      head = lane % 4 + 4 * j, channel = first + 2 * m;
     }
-    const int pair = i % (HEADS / 2), row = i / (HEADS / 2) % 8;
-    j = i / (HEADS * 4) % 2, m = i / (HEADS * 8), lane = 4 * row + pair;
-    head = 2 * pair + j, channel = ROWS * row + 2 * m;
   }
 };
 
@@ -129,7 +126,7 @@ INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows, f
 INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 first_row, int rows) {
   for (int head = threadIdx.x / 32; head < rows; head += WARPS) {
     const float lse = divide(
-        PARTS, [&](int i) { return sums.ref[head][i]; }, [&](int i) { return sums.mass[head][i]; }, sums.share[head]);
+        WARPS, [&](int i) { return sums.ref[head][i]; }, [&](int i) { return sums.mass[head][i]; }, sums.share[head]);
     if (threadIdx.x % 32 == 0) {
       if (a.splits == 1) a.lse[first_row + head] = lse * 0.69314718f;
       else __stcg(a.part_sums + (i64(tile) * a.splits + split) * HEADS + head, lse);
@@ -141,9 +138,9 @@ INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 
     if (item.head >= rows) continue;
     float2 out = make_float2(0, 0);
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-      const float2 x = sums.out[p / APART][item.m][item.j][item.lane + p % APART * (HEADS / 2)];
-      const float weight = sums.share[item.head][p];
+    for (int warp = 0; warp < WARPS; warp++) {
+      const float2 x = sums.out[warp][item.m][item.j][item.lane];
+      const float weight = sums.share[item.head][warp];
       out.x += weight * x.x, out.y += weight * x.y;
     }
     if (a.splits == 1) *reinterpret_cast<float2*>(a.out + (first_row + item.head) * D + item.channel) = out;

@@ -5,8 +5,8 @@
 
 // Weighs the values of a page and adds them up.
 INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, const float* sizes, int tokens_left,
-                float (&s)[TOKENS][2], Softmax& softmax) {
-  const int lane = threadIdx.x % 32, first = 8 * (lane / 4) + TOKENS * (2 * (lane % 4) / HEADS);
+                float (&s)[TOKENS][MINE], Softmax& softmax) {
+  const int lane = threadIdx.x % 32, first = TOKENS * (lane / 4);
   float scale[TOKENS], offset[TOKENS];
   token_scales<V::SCALE.kind>(page, V::SCALE, first, sizes, scale);
   numbers_of<V::ZERO.kind>(page, V::ZERO, first, 0, offset);
@@ -18,21 +18,21 @@ INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, 
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
       if (first + t >= tokens_left) scale[t] = offset[t] = 0;
-  u32 byte[TOKENS][2], b[4];
+  u32 byte[TOKENS][MINE], b[4];
   softmax.weigh(s, scale, offset, byte);
   if constexpr (V::TRELLIS) return mix_walks(page, byte, walks, softmax);
   columns(byte, b);
-  float middle[2] = {0, 0};
+  float middle[MINE] = {};
   if constexpr (V::CENTRE != 0) {  // times the sum of the weights as they were rounded
     const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
     int all[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
     mma<false, false>(all, ones, b[0], b[1], all);
     mma<false, false>(all, ones, b[2], b[3], all);
 #pragma unroll
-    for (int j = 0; j < 2; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::CENTRE;
+    for (int j = 0; j < MINE; j++) middle[j] = (__int_as_float(all[j]) - MAGIC) * softmax.gain[j] * V::CENTRE;
   }
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < MINE; j++)
     if constexpr (V_CHANNELS) middle[j] += softmax.page_zero[j];
     else softmax.middle[j] += middle[j];
 #pragma unroll
@@ -55,15 +55,16 @@ INLINE void mix(const u8* page, const u32 (&table)[4], const WalkTables& walks, 
         numbers_of<V::CHANNEL_ZERO.kind>(page, V::CHANNEL_ZERO, c, 0, zero);
       }
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float& out = softmax.out[4 * u + x][i];
-        const float value = __int_as_float(sum[i]) - MAGIC;
+      for (int i = 0; i < 2 * MINE; i++) {
+        const int half = i / MINE, j = i % MINE;
+        float& out = softmax.out[4 * u + x][half][j];
+        const float value = __int_as_float(sum[2 * half + j]) - MAGIC;
         if constexpr (V_CHANNELS) {
-          const float factor = V::STEP * (V::BITS == 1 ? 1.f / (1 << (2 * x + i / 2)) : 1.f);
-          out += (value * softmax.gain[i % 2] * factor + middle[i % 2]) * gain[i / 2];
-          out += zero[i / 2] * softmax.page_mass[i % 2];
+          const float factor = V::STEP * (V::BITS == 1 ? 1.f / (1 << (2 * x + half)) : 1.f);
+          out += (value * softmax.gain[j] * factor + middle[j]) * gain[half];
+          out += zero[half] * softmax.page_mass[j];
         } else {
-          out = fmaf(value, softmax.gain[i % 2], out);
+          out = fmaf(value, softmax.gain[j], out);
         }
       }
     }

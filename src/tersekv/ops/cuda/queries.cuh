@@ -2,10 +2,9 @@
 #pragma once
 #include "sizes.cuh"
 
-// Query rows in two 8-bit digits, as operands B: [step][row][lane % 4] of {high, high + 16, low, low + 16}.
+// Query rows in two 8-bit digits, as operands B. Columns 2h and 2h + 1 are the high and the low digit of row h of four.
 struct __align__(16) Queries {
-  u32 digits[STEPS][HEADS][4][4];
-  u32 nothing[GROUPS == 1 ? 4 : STEPS * HEADS * 16];  // zeros, as many as digits
+  u32 digits[UNITS][MINE][32][2][2];  // [unit][four rows][lane][half of the unit][register]
   float step[HEADS], sum[HEADS], bias[HEADS];  // of a low digit; of the rounded query; of the channel zeros
 };
 constexpr int QUERIES = BY_PAGE ? WARPS : 1;
@@ -37,7 +36,7 @@ INLINE void quantise(const float* q, const u8* page, float scale, int row, Queri
   float sum = 0;
 #pragma unroll
   for (int w = 0; w < WORDS; w++) {
-    const int word = lane + 32 * w, column = word / (D / 16), half = word % 2, k = word % (D / 16) / 2;
+    const int word = lane + 32 * w, to_lane = 8 * (row % 4) + word / (D / 16), k = word % (D / 16) / 2;
     u32 high = 0, low = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -45,7 +44,9 @@ INLINE void quantise(const float* q, const u8* page, float scale, int row, Queri
       sum += whole;
       high |= u32(int(upper) & 0xFF) << 8 * i, low |= u32(int(whole - upper * QUERY_STEPS) & 0xFF) << 8 * i;
     }
-    if (4 * word < D) to.digits[k][row][column][half] = high, to.digits[k][row][column][2 + half] = low;
+    if (4 * word >= D) continue;
+    to.digits[k / 2][row / 4][to_lane][k % 2][word % 2] = high;
+    to.digits[k / 2][row / 4][to_lane + 4][k % 2][word % 2] = low;
   }
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) sum += across(sum, i), bias += across(bias, i);

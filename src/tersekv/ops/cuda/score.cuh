@@ -10,96 +10,89 @@ INLINE u32 anything() {
   return x;
 }
 
-// The product of the block's mean with the queries: an operand A whose first eight rows are all the mean. The others
+typedef u32 Columns[UNITS][2][2];  // a lane's operands B of four query rows, one for each 32 channels
+
+// The product of the block's mean with four query rows: an operand A whose first eight rows are all the mean. The others
 // may be anything.
-INLINE void add_mean(const u8* page, const Queries& queries, const u32* mine, float (&shift)[2]) {
-  const int lane = threadIdx.x % 32;
-  int high[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS}, low[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
+INLINE float with_mean(const u8* page, const Columns& q) {
+  int sum[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const u32* z = reinterpret_cast<const u32*>(page + K::CHANNEL_ZERO.offset + lane % 4 * (D / 4) + 16 * u);
+    const u32* z = reinterpret_cast<const u32*>(page + K::CHANNEL_ZERO.offset + threadIdx.x % 4 * (D / 4) + 16 * u);
 #pragma unroll
     for (int y = 0; y < 2; y++) {
-      const uint4 b = *reinterpret_cast<const uint4*>(mine + (2 * u + y) * HEADS * 16);
       const u32 a[4] = {z[2 * y], anything(), z[2 * y + 1], anything()};
-      mma<true, true>(high, a, b.x, b.y, high);
-      mma<true, true>(low, a, b.z, b.w, low);
+      mma<true, true>(sum, a, q[u][y][0], q[u][y][1], sum);
     }
   }
-  const float step = number<FP16>(page + K::CHANNEL_ZERO.step, 0);
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const float whole = (__int_as_float(high[j]) - MAGIC) * QUERY_STEPS + (__int_as_float(low[j]) - MAGIC);
-    shift[j] += whole * (step * queries.step[(2 * (lane % 4) + j) % HEADS]);
-  }
+  const float whole = (__int_as_float(sum[0]) - MAGIC) * QUERY_STEPS + (__int_as_float(sum[1]) - MAGIC);
+  return whole * number<FP16>(page + K::CHANNEL_ZERO.step, 0);
 }
 
-// Scores of a page, relative to `ref`.
-INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, const Queries& queries, const float (&ref)[2],
-                  int tokens_left, float (&s)[TOKENS][2]) {
-  const int lane = threadIdx.x % 32, row = lane / 4, column = 2 * (lane % 4), group = column / HEADS;
-  const int first = 8 * row + TOKENS * group;
-  // Operands B of a column group hold its own columns; the other lanes read the zeros behind.
-  const u32* mine = &queries.digits[0][row % HEADS][lane % 4][0];
-  auto of_group = [&](int i) { return GROUPS == 1 || row / HEADS == i ? mine : queries.nothing; };
-  float shift[2] = {-ref[0], -ref[1]};
-  if constexpr (MEAN) add_mean(page, queries, mine, shift);
-  int high[TILES][4], low[TILES][4];
+// Products of a page's codes with a lane's rows: [row][token][digit].
+INLINE void multiply(const u8* page, const u32 (&table)[4], const Columns (&q)[MINE], int (&sum)[MINE][4][4]) {
+  typedef Unit<K::BITS> Codes;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
+  for (int j = 0; j < MINE; j++)
 #pragma unroll
-    for (int t = 0; t < TILES; t++) high[t][i] = low[t][i] = MAGIC_BITS;
+    for (int x = 0; x < 4; x++) sum[j][x][0] = sum[j][x][1] = sum[j][x][2] = sum[j][x][3] = MAGIC_BITS;
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    const Unit<K::BITS> unit(page + K::CODES + 512 * K::BITS * u + 16 * lane, table);
-    uint4 q[2][GROUPS];
-#pragma unroll
-    for (int y = 0; y < 2; y++)
-#pragma unroll
-      for (int i = 0; i < GROUPS; i++)
-        q[y][i] = *reinterpret_cast<const uint4*>(of_group(i) + (2 * u + y) * HEADS * 16);
+    const Codes unit(page + K::CODES + 512 * K::BITS * u + 16 * (threadIdx.x % 32), table);
 #pragma unroll
     for (int x = 0; x < 4; x++) {
-      u32 a[Unit<K::BITS>::PARTS][2][4];
+      u32 a[Codes::PARTS][2][4];
       unit.get(x, a);
 #pragma unroll
       for (int y = 0; y < 2; y++)
 #pragma unroll
-        for (int part = 0; part < Unit<K::BITS>::PARTS; part++) {
-          const uint4& b = q[y][x / TILES];
-          mma<Unit<K::BITS>::SIGNED, true>(high[x % TILES], a[part][y], b.x, b.y, high[x % TILES]);
-          mma<Unit<K::BITS>::SIGNED, true>(low[x % TILES], a[part][y], b.z, b.w, low[x % TILES]);
-        }
+        for (int part = 0; part < Codes::PARTS; part++)
+#pragma unroll
+          for (int j = 0; j < MINE; j++)
+            mma<Codes::SIGNED, true>(sum[j][x], a[part][y], q[j][u][y][0], q[j][u][y][1], sum[j][x]);
     }
   }
+}
+
+// Scores of a page, relative to `ref`.
+INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, const Queries& queries,
+                  const float (&ref)[MINE], int tokens_left, float (&s)[TOKENS][MINE]) {
+  const int lane = threadIdx.x % 32, first = TOKENS * (lane / 4);
+  Columns q[MINE];
+#pragma unroll
+  for (int j = 0; j < MINE; j++)
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      const uint4 b = *reinterpret_cast<const uint4*>(queries.digits[u][j][lane]);
+      q[j][u][0][0] = b.x, q[j][u][0][1] = b.y, q[j][u][1][0] = b.z, q[j][u][1][1] = b.w;
+    }
+  int product[MINE][4][4];
+  multiply(page, table, q, product);
   float scale[TOKENS], zero[TOKENS];
   token_scales<K::SCALE.kind>(page, K::SCALE, first, sizes, scale);
   numbers_of<K::ZERO.kind>(page, K::ZERO, first, 0, zero);
-  const float field = K::BITS == 1 ? __uint_as_float(u32(127 - TOKENS * group) << 23) : 1.f;
-  float digit[2], less[2], sum[2];
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const int head = (column + j) % HEADS;
-    const float step = queries.step[head];
-    digit[j] = step * K::STEP;
-    less[j] = -MAGIC * digit[j];
-    sum[j] = K_ZERO ? queries.sum[head] : 0;
-    if constexpr (BY_PAGE) shift[j] += queries.bias[head];
-  }
+  for (int j = 0; j < MINE; j++) {
+    const int head = lane % 4 + 4 * j;
+    const float step = queries.step[head], digit = step * K::STEP, less = -MAGIC * digit;
+    const float sum = K_ZERO ? queries.sum[head] : 0;
+    float shift = -ref[j];
+    if constexpr (MEAN) shift += with_mean(page, q[j]) * step;
+    if constexpr (BY_PAGE) shift += queries.bias[head];
 #pragma unroll
-  for (int t = 0; t < TOKENS; t++) {
-    const float gain = K::BITS == 1 ? scale[t] * (field * (1.f / (1 << t))) : scale[t];
-    const float offset = zero[t] + K::MID * scale[t];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const float upper = __int_as_float(high[t / 2][t % 2 * 2 + j]) - MAGIC;
-      const float lower = fmaf(__int_as_float(low[t / 2][t % 2 * 2 + j]), digit[j], less[j]);
-      const float dot = fmaf(upper, digit[j] * QUERY_STEPS, lower);
-      s[t][j] = fmaf(dot, gain, K_ZERO ? fmaf(offset, sum[j], shift[j]) : shift[j]);
+    for (int t = 0; t < TOKENS; t++) {
+      const int* digits = product[j][t / 2] + t % 2 * 2;
+      const float gain = K::BITS == 1 ? scale[t] * (1.f / (1 << t)) : scale[t];  // see `Unit<1>`
+      const float offset = zero[t] + K::MID * scale[t];
+      const float lower = fmaf(__int_as_float(digits[1]), digit, less);
+      const float dot = fmaf(__int_as_float(digits[0]) - MAGIC, digit * QUERY_STEPS, lower);
+      s[t][j] = fmaf(dot, gain, K_ZERO ? fmaf(offset, sum, shift) : shift);
     }
   }
   if (tokens_left < BLOCK)
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
-      if (first + t >= tokens_left) s[t][0] = s[t][1] = -INFINITE;
+#pragma unroll
+      for (int j = 0; j < MINE; j++)
+        if (first + t >= tokens_left) s[t][j] = -INFINITE;
 }

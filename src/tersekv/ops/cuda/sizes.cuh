@@ -2,12 +2,11 @@
 #pragma once
 #include "planes.cuh"
 
-constexpr int HEADS = 8 / GROUPS;      // query rows of a tile; columns of a matrix instruction are GROUPS of them
-constexpr int TILES = 4 / GROUPS;      // operands C for 64 tokens: each group of columns has tokens of its own
-constexpr int TOKENS = 2 * TILES;      // of a lane, neighbours
-constexpr int STEPS = D / 32;          // of a matrix product over the channels
+constexpr int MINE = HEADS / 4;        // query rows of a lane: lane % 4 and, of eight, 4 more
+constexpr int TOKENS = 8;              // of a lane, neighbours: two of each of four operands C
 constexpr int UNITS = D / 64;
 constexpr int SUMS = V::TRELLIS ? UNITS * HEADS / 2 : D / 16;  // operands C of a warp's output
+constexpr int USED = V::TRELLIS ? 2 : MINE;                    // columns of them that a lane needs: of its rows
 constexpr int ROWS = D / 8;            // channels of a lane, neighbours
 constexpr float LIMIT = 65536.f;       // sum of exponentials at which the reference point moves
 constexpr float TINY = 1e-35f;

@@ -25,24 +25,20 @@ struct WalkTables {
   INLINE WalkTables(WalksOf<false>&, int) {}
 };
 
-INLINE void put_weights(const u32 (&byte)[TOKENS][2], const WalkTables& walks) {
+INLINE void put_weights(const u32 (&byte)[TOKENS][MINE], const WalkTables& walks) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const int column = 2 * (lane % 4) + j;
-    u8* to = walks.weights[column % HEADS] + 8 * (lane / 4) + TOKENS * (column / HEADS);
+  for (int j = 0; j < MINE; j++) {
     u32 two[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) two[i] = prmt(byte[2 * i][j], byte[2 * i + 1][j], 0x0040);
-    if constexpr (TOKENS == 2) *reinterpret_cast<u16*>(to) = u16(two[0]);
-    else
-#pragma unroll
-      for (int i = 0; i < TOKENS / 4; i++) reinterpret_cast<u32*>(to)[i] = prmt(two[2 * i], two[2 * i + 1], 0x5410);
+    *reinterpret_cast<uint2*>(walks.weights[lane % 4 + 4 * j] + TOKENS * (lane / 4)) =
+        make_uint2(prmt(two[0], two[1], 0x5410), prmt(two[2], two[3], 0x5410));
   }
   __syncwarp();
 }
 
-INLINE void mix_walks(const u8* page, const u32 (&byte)[TOKENS][2], const WalkTables& walks, Softmax& softmax) {
+INLINE void mix_walks(const u8* page, const u32 (&byte)[TOKENS][MINE], const WalkTables& walks, Softmax& softmax) {
   const int lane = threadIdx.x % 32, place = 4 * (lane / 4 % 4);
   put_weights(byte, walks);
   u32 weights[HEADS / 2][4], choose[4];  // choose: byte i of a word at the column's channel, zeros elsewhere
@@ -81,7 +77,7 @@ INLINE void mix_walks(const u8* page, const u32 (&byte)[TOKENS][2], const WalkTa
     for (int j = 0; j < HEADS / 2; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float& out = softmax.out[HEADS / 2 * u + j][i];
+        float& out = softmax.out[HEADS / 2 * u + j][i / 2][i % 2];
         out = fmaf(__int_as_float(sum[j][i]) - MAGIC, gain[j], out);
       }
   }
