@@ -1,5 +1,6 @@
 #include "attend.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -10,12 +11,13 @@ namespace tersekv {
 
 namespace {
 
-// Tokens of one job: jobs enough for many threads, and the same ones for any number of them and beside any other
-// sequence. A job costs about as much to begin as 30 tokens; with books, which it multiplies with its queries, as 300.
-int64_t split(int64_t length, bool books) {
-  constexpr int64_t MOST_PARTS = 16, STEP = BLOCK * TILE;
-  const int64_t share = (length / MOST_PARTS + STEP - 1) / STEP * STEP, least = books ? 2048 : 1024;
-  return share > least ? share : least;
+// Tokens of one job: JOBS of a sequence's KV heads, the same for any number of threads and beside any other sequence.
+// With its data in memory a job costs about as much to begin and end as 250 tokens; with books, which it multiplies
+// with its queries, as 300 more.
+int64_t split(int64_t length, int heads, bool books) {
+  constexpr int64_t JOBS = 32, STEP = BLOCK * TILE;
+  const int64_t parts = std::max<int64_t>(1, JOBS / heads), least = books ? 2048 : 1024;
+  return std::max(least, (length / parts + STEP - 1) / STEP * STEP);
 }
 
 Scratch& scratch() {
@@ -33,7 +35,7 @@ std::vector<Piece> cut(const Attention& a) {
   std::vector<Piece> pieces;
   size_t at = 0;
   for (int head = 0; head < int(a.tokens.size()); head++) {
-    const int64_t length = a.tokens[head].length, each = split(length, a.k->books || a.v->books);
+    const int64_t length = a.tokens[head].length, each = split(length, a.heads, a.k->books || a.v->books);
     const int parts = length > each ? int((length + each - 1) / each) : 1;
     for (int row = 0; row < a.rows; row += ROWS) {
       const int rows = a.rows - row < ROWS ? a.rows - row : ROWS;
