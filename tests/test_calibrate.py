@@ -18,6 +18,7 @@ from tersekv.calibrate.measuring import Change, Prefix
 from tersekv.calibrate.session import Settings
 from tersekv.calibrate.training import Weights, train
 from tersekv.errors import RecordError
+from tersekv.eval.run import bits_of
 from tersekv.hf.cost import sequence_bytes
 from tersekv.policy.controller import Controller
 from tersekv.spec import parse
@@ -94,6 +95,10 @@ def test_training_on_noise_does_not_pretend() -> None:
     assert ideal < 0.8 * drawn and mine > 0.8 * drawn
 
 
+def without_seconds(line: bytes) -> Any:
+    return json.loads(line, object_hook=lambda x: {name: value for name, value in x.items() if name != "seconds"})
+
+
 @pytest.fixture
 def settings(calibration: Settings) -> Settings:
     return replace(calibration, spec="rotated:bits=3", tokens=200, follow=8)
@@ -110,7 +115,8 @@ def test_a_stopped_calibration_goes_on_and_gives_the_same(settings: Settings, tm
     with Stages() as stages:
         again = calibrate(settings, 70, tmp_path / "half", tmp_path / "half.safetensors", stages)
     assert again.outcome == done.outcome
-    assert (tmp_path / "half" / "samples.jsonl").read_bytes() == b"".join(lines)
+    measured = (tmp_path / "half" / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    assert measured[:2] == lines[:2] and list(map(without_seconds, measured)) == list(map(without_seconds, lines))
     assert json.dumps(done.as_dict())
     with Stages() as stages, pytest.raises(RecordError, match="another measured_tokens"):
         calibrate(settings, 71, tmp_path / "half", tmp_path / "half.safetensors", stages)
@@ -126,6 +132,8 @@ def test_a_controller_says_where_it_comes_from_and_works(settings: Settings, tmp
     assert cache.report().planes()["bits2", "k.codes"] > 0
     about = Controller.load(out, cache.controller.about["fingerprint"]).about
     assert {"model", "text", "seed", "versions", "commit", "spec", "windows", "outcome"} <= set(about)
+    assert about["seconds"] == done.seconds == parse(done.spec).policy.calibration_seconds
+    assert bits_of(parse(done.spec), model.config)["calibration_seconds"] == done.seconds > 0
 
 
 def test_too_little_is_refused(settings: Settings, tmp_path: Path) -> None:

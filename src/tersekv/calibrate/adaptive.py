@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Trained:
 
     path: str
     spec: str
+    seconds: float
     outcome: Outcome
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,7 +41,7 @@ class Trained:
         words = (
             f"{self.outcome.trained_on:,} tokens for training, {self.outcome.tested_on:,} held out; labels "
             + ", ".join(f"{bits} bits: {count}" for bits, count in self.outcome.labels.items())
-            + f"\nwritten: {self.path}; use it: {self.spec}"
+            + f"\nwritten: {self.path}, {self.seconds:.0f} s; use it: {self.spec}"
         )
         return Group(table, words)
 
@@ -61,11 +63,14 @@ def calibrate(
     features = torch.tensor([row for sample in samples for row in sample["features"]])
     loss = torch.tensor([[*row, 0.0] for sample in samples for row in sample["kl"]], dtype=torch.float64)
     stages("training")
+    start = perf_counter()
     average = sum(getattr(codec, "bits") for codec in (session.spec.k, session.spec.v)) / 2  # noqa: B009
     weights, outcome = train(features, loss, average, settings.seed, terms)
+    seconds = sum(sample["seconds"] for sample in samples) + perf_counter() - start
     about = session.about | {"average_bits": average, "weights": asdict(terms), "outcome": asdict(outcome)}
+    about |= {"seconds": seconds}
     Controller(weights | {"counts": counts.cpu()}, about).save(out)
-    return Trained(str(out), str(Spec(session.spec.k, session.spec.v, Adaptive(router=str(out)))), outcome)
+    return Trained(str(out), str(Spec(session.spec.k, session.spec.v, Adaptive(router=str(out)))), seconds, outcome)
 
 
 def _measure(

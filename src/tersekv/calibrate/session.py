@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Session:
     def measured(
         self, name: str, folder: Path, measure: Callable[[Prefix, Callable[[float], None]], dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """What `measure` says of each window, kept in `folder` line by line."""
+        """What `measure` says of each window, and how long that took, kept in `folder` line by line."""
         directory = RunDirectory.open(folder, {"calibrate": name} | self.about)
         items = self.subject.windows(self.settings.tokens + self.settings.follow, self.settings.windows)
         for number, item in enumerate(items):
@@ -81,8 +82,9 @@ class Session:
                 self.stages(f"window {number + 1} of {len(items)}", (number + share) / len(items))
 
             progress(0.0)
+            start = perf_counter()
             values = measure(self._prefix(item), progress)
-            directory.add(name, item, {self.settings.spec: values})
+            directory.add(name, item, {self.settings.spec: values | {"seconds": perf_counter() - start}})
         return [directory.samples[name, item, self.settings.spec] for item in items]
 
     @torch.inference_mode()

@@ -86,6 +86,7 @@ def bits_of(spec: Spec | None, config: PreTrainedConfig) -> dict[str, Any]:
     readers = [] if spec.policy.evaluation_only else readers
     facts: dict[str, Any] = {"nominal_bits": nominal, "body_bits": body, "recipe": recipes, "kernels": readers}
     fits = {x.digest.split()[0]: x.seconds for x in (info.spec.k.fitted, info.spec.v.fitted) if x and x.seconds}
+    fits |= {"policy": seconds} if (seconds := spec.policy.calibration_seconds) else {}
     return facts | ({"calibration_seconds": sum(fits.values())} if fits else {})
 
 

@@ -23,6 +23,7 @@ from tersekv.layout import BLOCK
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.allocate import allocate
 from tersekv.policy.base import Asked
+from tersekv.policy.controller import Controller
 from tersekv.policy.routed import NotedTier, RoutedTiers, RoutedWindow, noted, routed
 from tersekv.ragged import join, take
 from tersekv.tiers import Evicted, Tiers
@@ -44,6 +45,10 @@ class Adaptive(RoutedWindow):
     def learned(self) -> bool:
         """Whether the host must rate every token after the forward pass that it came with: see `rated`."""
         return self.router != "attention"
+
+    @property
+    def calibration_seconds(self) -> float | None:
+        return Controller.seconds(self.router) if self.learned else None
 
     @property
     def first(self) -> int:

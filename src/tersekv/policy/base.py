@@ -40,6 +40,11 @@ class Policy(ABC):
         The newest n of a row's tokens belong to the last n queries, whatever its padding.
         """
 
+    @property
+    def calibration_seconds(self) -> float | None:
+        """How long it took to fit what the policy reads of a file, where that says it."""
+        return None
+
     def asking(self, tiers: Tiers) -> bool:
         """As `asks`, for the tokens that come next to these tiers."""
         return self.asks

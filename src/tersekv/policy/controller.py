@@ -65,6 +65,11 @@ class Controller:
         FILE.write(path, self.tensors, {"about": json.dumps(self.about)})
 
     @staticmethod
+    def seconds(path: str | Path) -> float | None:
+        """How long it took to measure tokens and to train, or None for a file that does not say it."""
+        return json.loads(FILE.read(Path(path))[1]["about"]).get("seconds")
+
+    @staticmethod
     def load(path: str | Path, fingerprint: str) -> "Controller":
         """Raises CacheFileError for a file that is damaged, foreign, or was trained on another model."""
         tensors, about = FILE.read(Path(path))
