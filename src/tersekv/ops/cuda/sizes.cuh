@@ -1,4 +1,4 @@
-// What follows from the constants of a launch (`attending.Shape`) and the sides K and V (`source.side`).
+// What follows from the constants of a launch (`shapes.Shape`) and the sides K and V (`source.side`).
 #pragma once
 #include "planes.cuh"
 
