@@ -11,10 +11,10 @@ enum Phase { SCORES, SOFTENING, SOFTENING_TOO, SUMS };
 
 class Asking {
  public:
-  // `group`: query rows that share a pass over a block. `alone`: each block has a softmax step of its own.
-  Asking(const Job& job, int group, bool alone)
-      : job_(job), soon_(job.hints.soon && job.k->bits && job.v->bits), planes_(soon_ && !alone),
-        keys_(!soon_ ? BLOCKS_AHEAD : alone ? 2 : TILE), values_(!soon_ ? BLOCKS_AHEAD : alone ? 1 : 0) {
+  // `group`: query rows that share a pass over a block. `tile`: blocks that share a step of the softmax.
+  Asking(const Job& job, int group, int tile)
+      : job_(job), soon_(job.hints.soon && job.k->bits && job.v->bits), planes_(soon_ && tile > 1),
+        keys_(!soon_ ? BLOCKS_AHEAD : tile > 1 ? tile : 2), values_(!soon_ ? BLOCKS_AHEAD : tile > 1 ? 0 : 1) {
     if (!job.tokens.table) return;
     share_out(SCORES, first(), 0, 4, group);
     share_out(SOFTENING, first(), 4, 1, Isa::STRIP);

@@ -9,6 +9,7 @@ constexpr int STRIP = 4;   // query rows that share one pass over a block, at mo
 constexpr int STRIPS = 4;  // strips that share one product of matrices, at most
 constexpr int TILE = 4;    // blocks that share one step of the running softmax, at most
 constexpr int LANES = 16;  // floats of the widest register
+constexpr int FIRST_LEVEL = 48 << 10;  // bytes of the first-level cache, as tiles use it
 constexpr int BLOCKS_AHEAD = TILE + 1;  // after which a page is read that is asked for now, if not soon before
 
 // Query rows of a job, prepared for the keys of a block.

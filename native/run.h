@@ -19,8 +19,7 @@ class Run {
         v_int8_(!job.exact && job.v->bits && job.v->bits < 8),
         shared_(job.rows > 2 * Isa::STRIP),
         group_(shared_ && Isa::MATRIX && !groups_.any() ? STRIPS * STRIP : Isa::STRIP),
-        alone_((shared_ && (group_ == Isa::STRIP || k_books_ || v_books_)) || job.k->channel_scale || groups_.any()),
-        planes_first_(alone_ || k_books_), asking_(job, group_, alone_) {
+        tile_(tile()), planes_first_(tile_ == 1 || k_books_), asking_(job, group_, tile_) {
     if (group_ > Isa::STRIP) matrix_.emplace(least(job.rows, group_), job.d);
   }
 
@@ -28,7 +27,8 @@ class Run {
     begin();
     const Tokens& t = job_.tokens;
     const int64_t blocks = (t.last + BLOCK - 1) / BLOCK;
-    for (int64_t b = t.first / BLOCK; b < blocks; b += TILE) attend_tile(b, int(blocks - b < TILE ? blocks - b : TILE));
+    for (int64_t b = t.first / BLOCK; b < blocks; b += tile_)
+      attend_tile(b, blocks - b < tile_ ? int(blocks - b) : tile_);
     end();
   }
 
@@ -49,15 +49,22 @@ class Run {
   const bool k_int8_, v_int8_;
   const bool shared_;  // enough rows that looking a block's codes up once for all of them pays
   const int group_;    // query rows that share a pass over a block: a strip, or more where matrices are multiplied
-  // Each block has a softmax step of its own. Numbers in groups are those of one block. Keys with channel scales change
-  // the query from block to block, and levels of many blocks would not stay in the first-level cache; products of
-  // matrices want more.
-  const bool alone_;
+  const int tile_;     // blocks that share a step of the softmax
   // Whether scores need planes. Otherwise planes are read while the products of a block are still being added up.
   const bool planes_first_;
   const Asking asking_;
   std::optional<Isa::Matrix> matrix_;
   static inline const Side NOTHING = {};  // of which no plane is read
+
+  // One block where numbers in groups are its own, where keys with channel scales change the query from block to block,
+  // and where levels of more would not stay in the first-level cache; but products of matrices want more. Two where the
+  // keys of four and the values asked for meanwhile would not fit.
+  int tile() const {
+    const bool levels = shared_ && (group_ == Isa::STRIP || k_books_ || v_books_);
+    if (levels || job_.k->channel_scale || groups_.any()) return 1;
+    const bool codes = job_.k->bits && job_.v->bits;
+    return codes && TILE * (job_.k->bytes + job_.v->bytes) > FIRST_LEVEL ? TILE / 2 : TILE;
+  }
 
   void begin() {
     for (int r = 0; r < ROWS + STRIP; r++) out_.max[r] = r < job_.rows ? -INFINITY : 0;
@@ -111,26 +118,23 @@ class Run {
     }
   }
 
-  // One step of the running softmax, or one a block.
+  // One step of the running softmax.
   void attend_tile(int64_t first, int count) {
-    const int step = alone_ ? 1 : count;
-    for (int64_t b = first; b < first + count; b += step) {
-      bool whole = !job_.tokens.causal;
-      for (int i = 0; i < step; i++) {
-        find(blocks_[i], b + i);
-        if (planes_first_) read_planes(blocks_[i]);
-        whole = whole && blocks_[i].first <= 0 && blocks_[i].last == BLOCK;
+    bool whole = !job_.tokens.causal;
+    for (int i = 0; i < count; i++) {
+      find(blocks_[i], first + i);
+      if (planes_first_) read_planes(blocks_[i]);
+      whole = whole && blocks_[i].first <= 0 && blocks_[i].last == BLOCK;
+    }
+    for (int r = 0; r < job_.rows; r += group_) {
+      const int rows = least(group_, job_.rows - r);
+      for (int i = 0; i < count; i++) {
+        score(blocks_[i], i, r, rows);
+        if (r == 0 && !planes_first_) read_planes(blocks_[i]);
       }
-      for (int r = 0; r < job_.rows; r += group_) {
-        const int rows = least(group_, job_.rows - r);
-        for (int i = 0; i < step; i++) {
-          score(blocks_[i], i, r, rows);
-          if (r == 0 && !planes_first_) read_planes(blocks_[i]);
-        }
-        for (int j = 0; j < rows; j += Isa::STRIP)
-          soften(step, b, r + j, least(Isa::STRIP, rows - j), whole, strips_[j / STRIP]);
-        for (int i = 0; i < step; i++) mix(blocks_[i], i, r, rows);
-      }
+      for (int j = 0; j < rows; j += Isa::STRIP)
+        soften(count, first, r + j, least(Isa::STRIP, rows - j), whole, strips_[j / STRIP]);
+      for (int i = 0; i < count; i++) mix(blocks_[i], i, r, rows);
     }
   }
 
