@@ -48,7 +48,7 @@ class Adaptive(RoutedWindow):
 
     @property
     def calibration_seconds(self) -> float | None:
-        return Controller.seconds(self.router) if self.learned else None
+        return Controller.load(self.router).about.get("seconds") if self.learned else None
 
     @property
     def first(self) -> int:

@@ -65,16 +65,12 @@ class Controller:
         FILE.write(path, self.tensors, {"about": json.dumps(self.about)})
 
     @staticmethod
-    def seconds(path: str | Path) -> float | None:
-        """How long it took to measure tokens and to train, or None for a file that does not say it."""
-        return json.loads(FILE.read(Path(path))[1]["about"]).get("seconds")
-
-    @staticmethod
-    def load(path: str | Path, fingerprint: str) -> "Controller":
-        """Raises CacheFileError for a file that is damaged, foreign, or was trained on another model."""
+    def load(path: str | Path, fingerprint: str | None = None) -> "Controller":
+        """For the model of this fingerprint, or of any for a look at it. Raises CacheFileError for a file that is
+        damaged, foreign, or was trained on another model."""
         tensors, about = FILE.read(Path(path))
         found = Controller(tensors, json.loads(about["about"]))
-        if found.about["fingerprint"] != fingerprint:
+        if fingerprint not in (None, found.about["fingerprint"]):
             raise CacheFileError(
                 f"{path} was trained on another model ({found.about['model']['name']}), and what a token is worth is a "
                 "model's own. Train one for this: tersekv calibrate adaptive MODEL --text FILE."
