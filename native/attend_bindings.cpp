@@ -1,7 +1,6 @@
 // Arrays from Python to parts and requests. All that an index could go wrong on is checked here, before any read.
 #include "attend_bindings.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -11,6 +10,7 @@
 #include <memory>
 #include <optional>
 
+#include "arrays.h"
 #include "isas.h"
 #include "parts.h"
 #include "require.h"
@@ -32,13 +32,6 @@ using Values = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;
 using Written = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
 using Floats4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Lse = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-template <class Array>
-std::string shape(const Array& x) {
-  std::string text = "(";
-  for (size_t i = 0; i < x.ndim(); i++) text += (i ? ", " : "") + std::to_string(x.shape(i));
-  return text + ")";
-}
 
 Side* new_side(int bits, int d, int start, int bytes, int codes, const std::vector<PlaneArgs>& planes,
                const std::vector<float>& table, float half, bool channels_first) {
@@ -115,17 +108,6 @@ HeldPart* pages_part(Pool8 pool, Table32 table, Lengths64 lengths, const Side& k
   part->after = multipliers_of(after, 1, *part);
   part->before_each_row = before && before->shape(0) > 1;
   return part.release();
-}
-
-template <class Array>
-Kind kind_of(const Array& x, const char* what) {
-  const nb::dlpack::dtype type = x.dtype();
-  const bool real = type.code == uint8_t(nb::dlpack::dtype_code::Float);
-  if (real && type.bits == 32) return Kind::fp32;
-  if (real && type.bits == 16) return Kind::fp16;
-  require(type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16, what,
-          " of another type. Allowed: fp32, fp16 and bf16.");
-  return Kind::bf16;
 }
 
 template <class Array>

@@ -24,6 +24,17 @@ inline void load_numbers(const uint8_t* from, Kind kind, int count, float* to) {
   load_as<Kind::bf16>(from, count, to);
 }
 
+// Ties to even; beyond its numbers infinite, which `half_bits` and `bfloat_bits`, for what is to be decoded, are not.
+INLINE QuadInts fp16_bits(Quad x) {
+  constexpr int32_t BEYOND = 0x477ff000;  // 65520, halfway from the largest fp16 to what would be the next one
+  const QuadInts bits = (QuadInts)x;
+  return (bits & 0x7fffffff) >= BEYOND ? 0x7c00 | (bits >> 16 & 0x8000) : half_bits(x);
+}
+INLINE QuadInts bf16_bits(Quad x) {
+  const QuadInts bits = (QuadInts)x;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 inline void store_numbers(const float* from, Kind kind, int count, uint8_t* to) {
   if (kind == Kind::fp32) {
     std::memcpy(to, from, sizeof(float) * size_t(count));
@@ -31,8 +42,8 @@ inline void store_numbers(const float* from, Kind kind, int count, uint8_t* to) 
   }
   for (int i = 0; i < count; i += 4) {
     const Quad x = Isa::load<Quad>(from + i);
-    const QuadInts rounded = kind == Kind::fp16 ? half_bits(x) : bfloat_bits(x);
-    const QuadInts bits = x == x ? rounded : QuadInts{} + 0x7fff;  // saturation would hide a NaN
+    const QuadInts rounded = kind == Kind::fp16 ? fp16_bits(x) : bf16_bits(x);
+    const QuadInts bits = x == x ? rounded : QuadInts{} + 0x7fff;
     for (int k = 0; k < 4; k++) {
       const uint16_t two = uint16_t(bits[k]);
       std::memcpy(to + 2 * (i + k), &two, 2);

@@ -1,7 +1,6 @@
 // Encoders and their arrays from Python. Everything that an index could go wrong on is checked here, before any read.
 #include "encode_bindings.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -9,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "arrays.h"
 #include "encode.h"
-#include "require.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -159,15 +158,6 @@ Encoder* dense_encoder(const Codes& codes, const std::vector<PlaneArgs>& planes)
   return new Encoder(e);
 }
 
-Kind kind_of(const nb::dlpack::dtype& type) {
-  const bool real = type.code == uint8_t(nb::dlpack::dtype_code::Float);
-  if (real && type.bits == 32) return Kind::fp32;
-  if (real && type.bits == 16) return Kind::fp16;
-  require(type.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && type.bits == 16,
-          "Values to encode: fp32, fp16 or bf16.");
-  return Kind::bf16;
-}
-
 // Calls visit(start of a block, in bytes from the array's) for every index of the leading dims, the last one fastest.
 template <class Array, class Visit>
 void each_block(const Array& x, size_t inner, Visit visit) {
@@ -209,7 +199,7 @@ void encode_blocks(const Encoder& e, Values x, Pages out, const std::string& isa
   require(x.shape(tokens) == BLOCK, "Blocks of ", x.shape(tokens), " tokens: the encoders take ", BLOCK, ".");
   check_row(x, e.d);
   const std::vector<uint8_t*> pages = pages_of(out, e.nbytes);
-  const Kind kind = kind_of(x.dtype());
+  const Kind kind = kind_of(x, "Values to encode");
   std::vector<Input> blocks;
   each_block(x, 2, [&](int64_t start) {
     blocks.push_back({static_cast<const uint8_t*>(x.data()) + start, x.stride(tokens) * int64_t(x.itemsize()), kind});
@@ -249,7 +239,7 @@ void steer_blocks(Values z, Values passed, const std::vector<float>& thresholds,
     require(z.shape(i) == out.shape(i) && passed.shape(i) == (i == tokens ? size_t(d) : z.shape(i)), "Dim ", i,
             ": values have ", z.shape(i), ", matrices ", passed.shape(i), ", codes ", out.shape(i),
             ". Allowed: (*lead, ", BLOCK, ", d), (*lead, d, d), (*lead, ", BLOCK, ", d).");
-  require(kind_of(z.dtype()) == Kind::fp32 && kind_of(passed.dtype()) == Kind::fp32,
+  require(kind_of(z, "Values") == Kind::fp32 && kind_of(passed, "Factors") == Kind::fp32,
           "Values and matrices must be fp32.");
   check_row(z, d), check_row(passed, d), check_row(out, d);
   require(passed.stride(tokens) == d && out.stride(tokens) == d,

@@ -3,6 +3,7 @@
 
 #include TERSEKV_ISA_HEADER
 
+#include "products.h"
 #include "run.h"
 
 #define NAME_OF(x) #x
@@ -12,6 +13,6 @@ namespace tersekv::TERSEKV_ISA {
 
 static void attend(const Job& job, Scratch& scratch, Partial out) { Run(job, scratch, out)(); }
 
-extern const Kernels kernels = {NAMED(TERSEKV_ISA), attend};
+extern const Kernels kernels = {NAMED(TERSEKV_ISA), attend, products};
 
 }  // namespace tersekv::TERSEKV_ISA

@@ -90,9 +90,18 @@ struct Scratch {
   const float* log8;  // what the 256 codes of a logarithmic scale stand for
 };
 
+// A model's linear layer. Rows of the weights (out, in) are contiguous, `in` a multiple of LANES; `bias` may be null.
+struct Linear {
+  const uint8_t *weights, *bias;
+  Kind kind;
+  int in, out;
+};
+
 struct Kernels {
   const char* name;
   void (*attend)(const Job&, Scratch&, Partial);
+  // Products of vectors x (vectors, in) with rows first..last of the weights, in y (vectors, out).
+  void (*products)(const Linear&, int first, int last, const float* x, int vectors, float* y);
 };
 
 }  // namespace tersekv

@@ -11,8 +11,8 @@ from tiny_model import save_tiny_model
 from tersekv import InputError
 from tersekv.bench.decode import decode
 from tersekv.bench.decode_tables import DecodeResult, tables
-from tersekv.bench.decoders import PLAIN, Decoder, Decoders
-from tersekv.bench.ggml import KINDS
+from tersekv.bench.decoders import Decoder, Decoders
+from tersekv.bench.llama_cpp import ALL
 from tersekv.errors import TersekvError
 from tersekv.terminal import Stages, to_text
 
@@ -35,8 +35,8 @@ def test_a_record_has_everyone_at_every_context_and_the_memory(tiny: str) -> Non
     names = [row["name"] for row in record["rows"] if row["context"] == 200]
     assert names == [row["name"] for row in record["rows"] if row["context"] == 90]
     quanto = [] if "quanto 4 bits" in record["absent"] else ["quanto 4 bits"]
-    assert names == ["dense float32", "dense bfloat16", *quanto, *SPECS]
-    assert set(record["absent"]) >= {f"llama.cpp {kind}" for kind in (*KINDS, PLAIN)}  # a folder has no GGUF file
+    assert names == ["dense float32", "dense bfloat16", *quanto, "dense float32, attached", *SPECS]
+    assert set(record["absent"]) >= {kind.name for kind in ALL}  # a folder has no GGUF file
     for row in record["rows"]:
         assert row["prefill_seconds"] > 0 and row["tokens_per_second"]["median"] > 0 and row["kl"] < 0.1
     assert set(record["rows"][-1]["times_faster_than"]) == set(names) - set(SPECS)

@@ -11,13 +11,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
     ".": 3970,
-    "bench": 2560,
+    "bench": 2600,
     "calibrate": 1490,
     "codecs": 1620,
     "eval": 1570,
-    "hf": 1500,
+    "hf": 1560,
     "models": 600,
-    "ops": 1700,
+    "ops": 1760,
     "ops/cuda": 1470,
     "policy": 1425,
     "reports": 975,

@@ -50,7 +50,8 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_addresses_and_undefined_behaviour(golden: Path, sanitized: Path) -> None:
     said = run(sanitized, golden)
     assert f"{len(make_native_golden.CASES)} cases, 0 failures" in said and "portable: ran" in said
-    assert "0 failures" in run(sanitized.with_name("test_encoders"))
+    for other in ("test_encoders", "test_linear"):
+        assert " 0 failures" in run(sanitized.with_name(other))
 
 
 @pytest.mark.xdist_group("sanitized")
@@ -67,8 +68,9 @@ def test_avx_vnni_is_used_where_it_is_compiled(sanitized: Path) -> None:
 def test_data_races(golden: Path, tmp_path: Path) -> None:
     """Portable kernels only: the threads are the same for all."""
     tool("c++", "g++", "clang++", why="the kernel test program needs a C++ compiler")
-    said = run(build(tmp_path, "-DTERSEKV_SANITIZE=thread", "-DTERSEKV_PORTABLE=ON"), golden)
-    assert "0 failures" in said
+    program = build(tmp_path, "-DTERSEKV_SANITIZE=thread", "-DTERSEKV_PORTABLE=ON")
+    assert "0 failures" in run(program, golden)
+    assert " 0 failures" in run(program.with_name("test_linear"))
 
 
 def test_arm(golden: Path, tmp_path: Path) -> None:
@@ -81,5 +83,6 @@ def test_arm(golden: Path, tmp_path: Path) -> None:
     assert "neon: ran" in new and "0 failures" in new
     coded = run(emulator, "-cpu", "max", program.with_name("test_encoders"))
     assert "neon: ran" in coded and "0 failures" in coded
+    assert " 0 failures" in run(emulator, "-cpu", "max", program.with_name("test_linear"))
     old = run(emulator, "-cpu", "cortex-a53", program, golden)
     assert "neon: ARMv8.2 with dot products" in old and "portable: ran" in old and "0 failures" in old

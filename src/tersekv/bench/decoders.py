@@ -3,30 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from math import gcd
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 from transformers.utils.import_utils import is_optimum_quanto_available
 
 import tersekv
-from tersekv.bench.ggml import INSTALL, KINDS
-from tersekv.errors import ModelError
+from tersekv.bench import llama_cpp as llama
 from tersekv.hf.cost import head_dim
 from tersekv.models import load
-from tersekv.models.carriers import CARRIERS, fetch
 from tersekv.models.hub import Progress
 
 NO_QUANTO = 'optimum-quanto is not installed: pip install "tersekv[peers]".'
-PLAIN = "f16 without flash attention"
-BATCH = 512  # tokens that llama.cpp reads at a time, its default
 
 
 @dataclass(frozen=True)
@@ -52,19 +42,8 @@ class Decoders:
         self.packed, self.dtype = load(name, dtypes[0], report).model, dtypes[0]
         self.resources.enter_context(tersekv.attached(self.packed))
         self.absent: dict[str, str] = {} if is_optimum_quanto_available() else {"quanto 4 bits": NO_QUANTO}
-        self.gguf = self._gguf(name, llama_cpp, report)
-
-    def _gguf(self, name: str, wanted: bool, report: Progress) -> Path | None:
-        """The file that the weights in transformers came from, so that llama.cpp computes with the same."""
-        why = "Left out by --no-llama-cpp." if not wanted else None if find_spec("llama_cpp") else INSTALL
-        if Path(name).suffix == ".gguf":
-            path = Path(name)
-        elif name in CARRIERS and not why:
-            path = fetch(CARRIERS[name], Path(self.resources.enter_context(TemporaryDirectory())), report)
-        else:
-            path, why = None, why or f"Only {', '.join(CARRIERS)} or a GGUF file is at hand as a GGUF file, not {name}."
-        self.absent |= {f"llama.cpp {kind}": why for kind in (*KINDS, PLAIN) if why}
-        return None if why else path
+        self.gguf, why = llama.weights(name, llama_cpp, self.resources, report)
+        self.absent |= {kind.name: why for kind in llama.ALL if why}
 
     @contextmanager
     def at(self, context: int) -> Iterator[list[Decoder]]:
@@ -79,13 +58,15 @@ class Decoders:
                 found.append(_in_transformers("quanto 4 bits", model, _quanto(model.config)))
             except ValueError as error:  # it takes no sliding windows
                 self.absent["quanto 4 bits"] = str(error)
+        # What of the gain is the cache's: our linear layers, and a dense cache.
+        attached = DynamicCache(config=self.packed.config)
+        found.append(_in_transformers(f"dense {self.dtype}, attached", self.packed, attached))
         for spec in self.specs:
             found.append(_in_transformers(spec, self.packed, tersekv.cache(self.packed, spec), "ours"))
         with ExitStack() as opened:
-            if self.gguf:
-                for kind in KINDS:
-                    found.append(_in_llama_cpp(self.gguf, kind, True, context, self.threads, opened))
-                found.append(_in_llama_cpp(self.gguf, "f16", False, context, self.threads, opened))
+            for kind in llama.ALL if self.gguf else []:
+                read = llama.reader(self.gguf[kind.wide], kind, context, self.threads, opened)
+                found.append(Decoder(kind.name, "llama.cpp", read))
             yield found
 
     def close(self) -> None:
@@ -103,20 +84,3 @@ def _in_transformers(name: str, model: Any, cache: Cache, kind: str = "transform
         return model(input_ids=tokens[None], past_key_values=cache, logits_to_keep=1).logits[0, -1]
 
     return Decoder(name, kind, read)
-
-
-def _in_llama_cpp(path: Path, kind: str, flash: bool, context: int, threads: int, opened: ExitStack) -> Decoder:
-    llama: Any = import_module("llama_cpp").Llama(
-        str(path), n_ctx=context, n_batch=BATCH, n_threads=threads, n_threads_batch=threads, type_k=KINDS[kind],
-        type_v=KINDS[kind], flash_attn=flash, verbose=False,
-    )  # fmt: skip
-    opened.callback(llama.close)
-    name = f"llama.cpp {kind if flash else PLAIN}"
-
-    def read(tokens: Tensor) -> Tensor:
-        llama.eval(tokens.tolist())
-        if not (logits := llama._ctx.get_logits()):
-            raise ModelError(f"{name} gave no logits.")
-        return torch.from_numpy(np.ctypeslib.as_array(logits, (llama.n_vocab(),)).copy())
-
-    return Decoder(name, "llama.cpp", read)

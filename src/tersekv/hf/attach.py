@@ -1,7 +1,7 @@
 """Attaching tersekv to a model: what transformers calls within the `with` block. Tested with transformers 5.23."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,10 @@ from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.attention import ROUTES, attend, mask_of
 from tersekv.hf.cache import PackedCache
 from tersekv.hf.graph import GraphedForward, refusal
+from tersekv.hf.linear import few_tokens
 from tersekv.hf.rating import rated
-from tersekv.ops import Implementation, cuda
+from tersekv.ops import Implementation, cuda, native
+from tersekv.ops.linear import FEW
 
 # What transformers asks a model before it decodes: whether to do it compiled, and the compiled forward pass.
 CRITERIA, COMPILED = "_valid_auto_compile_criteria", "get_compiled_call"
@@ -26,6 +28,7 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
 
     Kernels may multiply codes of up to 4 bits as 8-bit integers; `route="exact"` has them compute in fp32.
     `route="decoded"` unpacks the history at every step instead: the slow check on the other two.
+    With the fused route, and on a processor, linear layers of a few tokens run in native code, too: see `ops.linear`.
     Raises ModelError if the model's attention cannot be exchanged.
     """
     if route not in ROUTES:
@@ -41,7 +44,7 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
             "exchanged. Use the cache without tersekv.attached: it then unpacks at every step."
         )
     try:
-        with rated(model), offering_graphs(model):
+        with rated(model), offering_graphs(model), few_tokens(model) if route == "fused" else nullcontext():
             yield model
     finally:
         model.set_attn_implementation(before)
@@ -52,7 +55,13 @@ def explain() -> list[Implementation]:
     graph = cuda.missing() or ("" if hasattr(PreTrainedModel, COMPILED) else NOT_ASKED)
     offered = "model.generate replays one for each token, unless disable_compile is set; cache.report() says if it did."
     traced = "Attention to packed pages is one operation of a compiled model's graph, tersekv::extend."
-    return [Implementation("CUDA graph", not graph, graph or offered), Implementation("torch.compile", True, traced)]
+    layers = f"On a processor, those of up to {FEW} tokens run in native code, as fast as their weights are read."
+    why = native.missing()
+    return [
+        Implementation("CUDA graph", not graph, graph or offered),
+        Implementation("torch.compile", True, traced),
+        Implementation("linear layers", not why, why or layers),
+    ]
 
 
 @contextmanager

@@ -1,0 +1,50 @@
+"""Linear layers of a few tokens on a processor: they take as long as it takes to read their weights.
+
+PyTorch takes longer, because it arranges bf16 weights anew for every product, and reads fp32 ones one row at a time.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersekv.ops import native
+
+FEW = 8  # vectors up to which one pass over the weights is faster than PyTorch's products of matrices
+MULTIPLE = 16  # of the inputs of a layer, the floats of the widest register
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `linear` computes this product, and nobody wants its gradient."""
+    like = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in native.DTYPES
+    if not like or not 0 < x.numel() <= FEW * weight.shape[1] or weight.shape[1] % MULTIPLE or native.missing():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return weight.is_contiguous() and (bias is None or bias.dtype == x.dtype) and not torch.is_autocast_enabled("cpu")
+
+
+def linear(
+    x: Float[Tensor, "*tokens inputs"],
+    weight: Float[Tensor, "outputs inputs"],
+    bias: Float[Tensor, "outputs"] | None = None,
+    isa: str = "",
+) -> Float[Tensor, "*tokens outputs"]:
+    """x weight^T + bias, in fp32, rounded once to the type of all three.
+
+    Raises InputError for what `takes` refuses.
+    """
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    native.linear(x.contiguous(), weight, bias, y, isa)
+    return y
+
+
+# `linear` as one operation of a graph that `torch.compile` makes. (torch.library.custom_op costs 15 us a call more.)
+_library = torch.library.Library("tersekv", "FRAGMENT")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("linear", linear, "CPU")
+compiled = torch.ops.tersekv.linear
+
+
+@torch.library.register_fake("tersekv::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
