@@ -139,7 +139,7 @@ def bench_attend(
 def bench_decode(
     *,
     model: str = "smollm2",
-    contexts: str = "512,2048,8192",
+    contexts: str = "512,1024,2048,8192",
     specs: str = "terse4,terse3",
     dtypes: str = "bfloat16,float32",
     new_tokens: int = 32,
