@@ -10,7 +10,7 @@ from tersekv.terminal import to_text
 SOURCE = Path(__file__).parents[1] / "src" / "tersekv"
 # Lines of each folder, comments and blank lines included; ruff's format and line length apply, so golf gains nothing.
 BUDGET = {
-    ".": 3970,
+    ".": 4075,
     "bench": 2600,
     "calibrate": 1490,
     "codecs": 1620,
@@ -18,7 +18,7 @@ BUDGET = {
     "hf": 1560,
     "models": 600,
     "ops": 1760,
-    "ops/cuda": 1470,
+    "ops/cuda": 1480,
     "policy": 1425,
     "reports": 975,
 }

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stores import assert_same
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -14,7 +15,6 @@ from tersekv.errors import CacheError, InputError, ModelError
 from tersekv.ops import cuda
 from tersekv.spec import parse
 from tersekv.store import Store
-from tersekv.tiers import Tiers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))]
 CUDA = torch.device("cuda")
@@ -31,21 +31,6 @@ def on_device(store: Store) -> DeviceTail:
     return tail
 
 
-def assert_same(one: Tiers, other: Tiers) -> None:
-    """Every token in the same tier, place and bytes."""
-    for name, tier in one.dense.items():
-        twin = other.dense[name]
-        assert np.array_equal(tier.lengths, twin.lengths)
-        counted = torch.from_numpy(np.arange(tier.k.shape[2]) < tier.lengths[..., None]).to(CUDA)
-        for x, y in zip(tier.tensors().values(), twin.tensors().values(), strict=True):
-            assert torch.equal(x[counted], y[:, :, : x.shape[2]][counted])
-    pages, twins = one.packed["packed"], other.packed["packed"]
-    assert np.array_equal(pages.lengths, twins.lengths)
-    filled = pages.filled()
-    assert torch.equal(pages.pool[pages.table[filled].long()], twins.pool[twins.table[filled].long()])
-    assert torch.equal(pages.starts[filled], twins.starts[filled])
-
-
 @pytest.mark.parametrize("room", [None, 300])
 @pytest.mark.parametrize(
     ("spec", "d", "g", "n", "dtype"),
@@ -60,6 +45,7 @@ def assert_same(one: Tiers, other: Tiers) -> None:
         ("k=rotated:bits=3 v=trellis:bits=2", 64, 8, 7, torch.float16),
         ("rotated:bits=3 policy=queryaware observe=100", 128, 4, 1, torch.bfloat16),
         ("k=rotated:bits=4 v=trellis:bits=2 policy=queryaware observe=40", 64, 3, 2, torch.float16),
+        ("rotated:bits=3 policy=queryaware observe=290", 128, 4, 1, torch.bfloat16),  # it asks until the end
     ],
 )
 def test_steps_are_those_of_the_tiers(spec: str, d: int, g: int, n: int, dtype: torch.dtype, room: int | None) -> None:

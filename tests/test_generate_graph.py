@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, make_model
+from stores import assert_same
 from test_compile import measured
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -160,6 +161,20 @@ class TestOnAGpu:
         assert len(captured) == 1
         both(tiny(), prompt(1) | {"max_new_tokens": 600}, room=300)
         assert len(captured) > 2
+
+    @pytest.mark.parametrize(("b", "padded"), [(1, False), (3, True)])
+    @pytest.mark.parametrize("first", [6, 150])
+    def test_presets_decode_in_one_graph_while_queries_are_summed(
+        self, first: int, b: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From the sixth token to beyond the 512th, blocks being packed meanwhile."""
+        captured, capture = [], GraphedForward._captured
+        monkeypatch.setattr(GraphedForward, "_captured", lambda *x: captured.append(1) or capture(*x))
+        given = {name: x[:, -first:] for name, x in prompt(b, padded).items()}
+        (eager, graphed), caches = both(tiny(), given | {"max_new_tokens": 700}, 1000, "terse4")
+        assert torch.equal(eager, graphed) and caches[1].decoding == GRAPH and len(captured) == 1
+        for one, other in zip(*(cache.layers for cache in caches), strict=True):
+            assert_same(one.opened().tiers, other.opened().tiers)
 
     def test_several_turns(self) -> None:
         model, turns = tiny(), [torch.randint(1, 97, (1, n), device="cuda") for n in (200, 30, 5, 1)]

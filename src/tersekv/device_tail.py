@@ -10,7 +10,7 @@ from math import ceil
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv import ops
@@ -22,10 +22,9 @@ from tersekv.ops.balance import multiplied
 from tersekv.packed_tier import PackedTier
 from tersekv.policy.base import Policy
 from tersekv.policy.window import Window
-from tersekv.ragged import take
+from tersekv.ragged import Lengths, gather, take
 from tersekv.tiers import Tiers
 
-SHARE, LEAST = 8, 8  # blocks of room where nobody asked for any: an eighth of those held, and at least eight
 COUNTERS = 2  # of a query head, for up to 16 new tokens: see `ops.cuda.attending.attend_pages`
 
 
@@ -35,7 +34,7 @@ class DeviceTail:
     def __init__(self, tiers: Tiers, policy: Window, room: int, n: int, group: int) -> None:
         """`room`: tokens more than `tiers` has, `n` at a time. `tiers` need not be kept."""
         sink, recent, packed = tiers.dense["sink"], tiers.dense["recent"], tiers.packed["packed"]
-        self.policy, self.block, self.was = policy, packed.block, packed.lengths
+        self.policy, self.block, self.was = policy, packed.block, packed.lengths.copy()
         self.more = ceil(room / self.block)  # blocks that every row can still take
         self.packed, self.start = packed.lengths.copy(), packed.lengths + recent.lengths
         self.offset = tiers.seen - self.start  # a token's position is its number + offset
@@ -63,33 +62,6 @@ class DeviceTail:
                 arrived=torch.zeros(COUNTERS * b * h * group, dtype=torch.int32, device=device),
             )
         self.multipliers = ops.multipliers(packed.k.rotation, packed.v.rotation, d, device, packed.factors)
-
-    @staticmethod
-    def refusal(tiers: Tiers, policy: Policy) -> str:
-        """Why decoding steps behind these tiers are not a matter of launches alone; empty if they are."""
-        packed = tiers.packed.get("packed")
-        if not isinstance(policy, Window) or not policy.decodes_as_window or packed is None:
-            return "the policy does more with new tokens than to pack them in the order in which they came"
-        if not (packed.k.folds_by_rotation and packed.v.folds_by_rotation) or packed.block != ops.BLOCK:
-            return f"a codec's domain is more than a rotation away, or its blocks are not of {ops.BLOCK} tokens"
-        if policy.asking(tiers) or (tiers.seen < policy.sink).any():
-            return "the first tokens of a sequence are still to come"
-        if not ops.pages_step(packed.pages):
-            return f"a step's kernels do not read its pages, as {ops.implementation_of(packed.pages)} does"
-        return ""
-
-    @staticmethod
-    def behind(tiers: Tiers, policy: Policy, room: int | None, q: Tensor) -> "DeviceTail | None":
-        """A tail for queries such as `q`, or None where the kernels cannot do their steps. `room`: tokens in all."""
-        packed = tiers.packed.get("packed")
-        if DeviceTail.refusal(tiers, policy) or not isinstance(policy, Window) or packed is None:
-            return None
-        if not ops.queries_step(q) or q.dtype != packed.dtype:
-            return None
-        blocks = max(LEAST, packed.table.shape[2] // SHARE)
-        asked = 0 if room is None else room - int(tiers.seen.min())
-        more = asked if asked > 0 else blocks * packed.block
-        return DeviceTail(tiers, policy, more, q.shape[2], q.shape[1] // packed.table.shape[1])
 
     def _moved(self, tiers: Tiers, slots: int) -> Tiers:
         """The tiers in memory with room. Of the ring they only tell how long it was."""
@@ -163,16 +135,23 @@ class DeviceTail:
     def pack(self) -> None:
         """Encode the blocks that are due. The only look at the device is whether all tokens are finite."""
         while (due := self.due()).any():
-            if int(self.dense.bad):
-                raise InputError(
-                    "Keys or values of a decoding step are not finite; on a GPU that is noticed when their block is "
-                    "packed. Look for an overflow in the model (fp16?) and begin again with cache.reset()."
-                )
+            self._check_finite()
             self._encode(due)
-            lengths = self.pages.lengths
-            lengths.add_(torch.from_numpy(due * self.block).to(lengths.device))
-            self.packed = self.packed + due * self.block
-            self.held_since, self.due_at = self.written, self._due_at()
+            self._packed(due * self.block)
+
+    def _check_finite(self) -> None:
+        if int(self.dense.bad):
+            raise InputError(
+                "Keys or values of a decoding step are not finite; on a GPU that is noticed when their block is "
+                "packed. Look for an overflow in the model (fp16?) and begin again with cache.reset()."
+            )
+
+    def _packed(self, more: Lengths) -> None:
+        """So many tokens more of each row are in pages."""
+        lengths = self.pages.lengths
+        lengths.add_(torch.from_numpy(more).to(lengths.device))
+        self.packed = self.packed + more
+        self.held_since, self.due_at = self.written, self._due_at()
 
     def _encode(self, due: np.ndarray) -> None:
         tier, d = self.tiers.packed["packed"], self.dense.ring_k.shape[-1]
@@ -206,16 +185,27 @@ class DeviceTail:
             )
         if count == self.written:
             self.pack()
-        lengths = self.start + count - self.packed
-        number = self.packed[..., None] + np.arange(int(lengths.max(initial=0)))
-        index = torch.from_numpy(number % self.dense.ring_k.shape[2]).to(self.dense.ring_k.device)
-        k, v = (
-            x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
-            for x in (self.dense.ring_k, self.dense.ring_v)
-        )
-        positions = torch.from_numpy((number + self.offset[..., None]).astype(np.int32)).to(k.device)
-        recent = DenseTier(k, v, positions, lengths)
+        return self._held(count)
+
+    def _held(self, count: int) -> Tiers:
+        """Tiers of their own, of the first `count` tokens and all pages."""
+        recent = self._written(self.packed, self.start + count)
         return replace(self.tiers, dense={**self.tiers.dense, "recent": recent}, packed={"packed": self._pages()})
+
+    def _numbers(self, first: Lengths, stop: Lengths) -> Int[np.ndarray, "b h n"]:
+        """Of the tokens first..stop of each row; beyond the row's last one they go on."""
+        return first[..., None] + np.arange(int((stop - first).max(initial=0)))
+
+    def _slots(self, number: Int[np.ndarray, "b h n"]) -> Int[Tensor, "b h n"]:
+        slots, device = self.dense.ring_k.shape[2], self.dense.ring_k.device
+        return torch.from_numpy(number % slots).to(device)
+
+    def _written(self, first: Lengths, stop: Lengths) -> DenseTier:
+        """Tokens first..stop of each row, out of the ring."""
+        number = self._numbers(first, stop)
+        k, v = (gather(x, self._slots(number)) for x in (self.dense.ring_k, self.dense.ring_v))
+        positions = torch.from_numpy((number + self.offset[..., None]).astype(np.int32)).to(k.device)
+        return DenseTier(k, v, positions, stop - first)
 
     def _pages(self) -> PackedTier:
         """The pages in use, without the room."""
@@ -232,4 +222,5 @@ class DeviceTail:
 
     def planes(self) -> dict[str, int]:
         """Bytes that are held beside the tiers'."""
-        return {name: storage_bytes(getattr(self.dense, name)) for name in ("sinks", "next", "bad", "arrived")}
+        names = ("sinks", "next", "bad", "arrived", "ring_q")
+        return {name: storage_bytes(x) for name in names if (x := getattr(self.dense, name)) is not None}

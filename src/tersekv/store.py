@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tersekv.dense_tier import DenseTier
+from tersekv.device_steps import refusal, tail_behind
 from tersekv.device_tail import DeviceTail
 from tersekv.ops import attend_alone, attend_causal, merge
 from tersekv.ops.attention import weight_variance
@@ -145,7 +146,7 @@ class Store:
         steady, self.steady = self.steady, True
         if not steady or not self.lengths.any():
             return None
-        return DeviceTail.behind(self.tiers, self.spec.policy, self.room, q)
+        return tail_behind(self.tiers, self.spec.policy, self.room, q)
 
     def ready(self, n: int) -> DeviceTail | None:
         """Where the next `n` tokens are a matter of launches alone, which a graph can hold. Packs what is due."""
@@ -154,7 +155,7 @@ class Store:
 
     def refusal(self) -> str:
         """Why `ready` never finds a place on a GPU; empty if it does."""
-        return DeviceTail.refusal(self.state[0], self.spec.policy)
+        return refusal(self.state[0], self.spec.policy)
 
     def replayed(self, n: int) -> None:
         """A graph was replayed in which `step` stored `n` tokens; see `hf.graph`."""

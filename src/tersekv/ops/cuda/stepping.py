@@ -24,7 +24,10 @@ class Storing(Structure):
     """The arguments of `store.cu`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v", "before", "folded", "ring_k", "ring_v", "next", "bad")),
+        *(
+            (name, c_void_p)
+            for name in ("q", "k", "v", "before", "folded", "ring_k", "ring_v", "ring_q", "next", "bad")
+        ),
         *((name, c_longlong * 3) for name in ("q_strides", "k_strides", "v_strides")),
         *((name, c_int) for name in ("heads", "group", "n", "slots", "each_row")),
     )
@@ -54,6 +57,7 @@ class StepTokens:
     next: Int[Tensor, "b h"]  # int32: the number of the next token, counted from the first one that was packed
     bad: Int[Tensor, "1"]  # int32: 1 once a token was not finite
     arrived: Int[Tensor, "counters"]  # int32: see `attending.attend_pages`
+    ring_q: Float[Tensor, "b h slots group d"] | None = None  # where queries wait that are asked for later
 
 
 def queries_step(q: Tensor) -> bool:
@@ -88,7 +92,8 @@ def step(
     before, after = multipliers
     first = kernel(storing_text(d, KINDS[q.dtype], before is not None), "store", device, 0, EXACT)
     each_row = 0 if before is None or len(before) == 1 else d
-    pointers = (q, k, v, before, folded, dense.ring_k, dense.ring_v, dense.next, dense.bad)
+    rings = dense.ring_k, dense.ring_v, dense.ring_q
+    pointers = (q, k, v, before, folded, *rings, dense.next, dense.bad)
     first((b * h, 1, 1), 256, Storing(*map(_at, pointers), *map(_strides, (q, k, v)), h, group, n, slots, each_row))
     part, lse = attend_pages(folded, pages, scale, dense.arrived, overlap=True)
     out = torch.empty(b, n, hq, d, dtype=q.dtype, device=q.device)

@@ -8,6 +8,7 @@ struct Arguments {
   const float* before;  // (1 or b h, D): what channels of queries are multiplied by before the rotation
   float* folded;        // (b, hq, n, D)
   u8 *ring_k, *ring_v;  // (b h, slots, D)
+  u8* ring_q;           // (b h, slots, group, D), or null
   int *next, *bad;      // (b h): the number of the next token; 1 once a token was not finite
   i64 q_strides[3], k_strides[3], v_strides[3];  // bytes between sequences, heads, tokens
   int heads, group, n, slots;                    // KV heads, query heads of each, new tokens, tokens of a ring
@@ -55,6 +56,8 @@ extern "C" __global__ void __launch_bounds__(256) store(const Arguments a) {
       const int query = head * a.group + i / a.n;
       const u8* from = a.q + sequence * a.q_strides[0] + query * a.q_strides[1] + i % a.n * a.q_strides[2];
       fold(from, a.before + row * a.each_row, a.folded + (i64(row) * queries + i) * D);
+      const i64 slot = i64(row) * a.slots + (before + i % a.n) % a.slots;
+      if (a.ring_q) copy(from, a.ring_q + (slot * a.group + i / a.n) * D * SIZE);
     } else {
       const int token = (i - queries) / 2;
       const bool keys = (i - queries) % 2 == 0;
