@@ -46,7 +46,8 @@ def score_bound(q: Tensor, k: Tokens, k_near: Tensor, scale: float) -> Tensor:
     """Of each score (rows, t): fp32 sums, the steps of queries and those of the table."""
     folded = q[:, None] * k.channel_scale
     step = folded.abs().amax(-1) * QUERY
-    reach = (k_near * k.scale + k.zero).abs().sum(-1) + (k.channel_zero / k.channel_scale).abs().sum(-1)
+    zeros = (k.channel_zero / k.channel_scale * (k.scale if k.channels_first else 1)).abs()
+    reach = (k_near * k.scale + k.zero).abs().sum(-1) + zeros.sum(-1)
     by_table = (folded.abs() * (k.t - k_near).abs()).sum(-1) * k.scale.T
     return scale * (step * reach + by_table + (q.shape[-1] + 16) * EPS * (q.abs() @ k.magnitude.T))
 
@@ -79,6 +80,7 @@ def unpacked_off(side: Side, t: Tokens, pages: slice, length: int) -> Tensor:
         near_t = near(side)[0][pages].flatten(0, 1)[:length]
         reach = (t.t - near_t).abs() + ROUNDED_GAIN * near_t.abs() + EPS * BIAS * found.step
         off = off + reach * (t.scale * t.channel_scale).abs()
+        off = off + (ROUNDED_GAIN * (t.channel_zero * t.scale).abs() if t.channels_first else 0)
     return off + 4 * EPS * t.magnitude
 
 

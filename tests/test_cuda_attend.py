@@ -10,6 +10,7 @@ from tersekv.ops.cuda import attending, compiler, reading
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))]
 
+FIRST = "channel_scale:fp16 channel_zero:fp16 scale:log8"
 SIDES = {
     "1/2 bits": ("1 normal scale:log8", "2 normal scale:log8"),
     "2/3 bits, mean": ("2 normal scale:log8 channel_zero:int8", "3 normal scale:log8"),
@@ -26,6 +27,10 @@ SIDES = {
         "2 uniform scale:+fp16 zero:fp16 channel_scale:fp16 channel_zero:int8",
     ),
     "no scale": ("4 uniform", "1 uniform"),
+    "channels first": (f"4 uniform first=channel {FIRST}", f"3 uniform first=channel {FIRST}"),
+    "channels first, 1/8 bits": (f"1 uniform first=channel {FIRST}", f"8 uniform first=channel {FIRST}"),
+    "channels first/mean": ("2 normal first=channel scale:+fp16 channel_zero:int8", "2 normal scale:log8"),
+    "zeros/channels first": ("4 uniform scale:+fp16 zero:fp16", "1 uniform first=channel channel_scale:fp16"),
     "2/1 bits of a trellis, mean": ("2 normal scale:log8 channel_zero:int8", "1 trellis scale:log8"),
     "4/2 bits of a trellis": ("4 normal scale:log8", "2 trellis scale:+fp16"),
     "1/3 bits of a trellis": ("1 normal scale:log8", "3 trellis scale:log8"),

@@ -74,6 +74,8 @@ def attend_texts(spec: str, d: int, rows: int, arch: str) -> list[str]:
         ("intn:bits=2,axis=channel", 128, 4),
         *((f"k=rotated:bits=2 v=trellis:bits={bits}", 128, 4) for bits in (1, 2, 3, 4)),
         *(("k=rotated:bits=2 v=trellis:bits=1", d, rows) for d, rows in ((64, 1), (128, 8), (256, 8))),
+        *(("direction:bits=4", d, rows) for d, rows in ((64, 1), (128, 8), (256, 4))),
+        ("twoaxis:bits=2", 128, 4),
     ],
 )
 def test_attend(spec: str, d: int, rows: int, arch: str) -> None:
@@ -101,6 +103,8 @@ def chunk_text(spec: str, d: int, rows: int, arch: str) -> str:
         ("rotated:bits=4", 256, 4096),
         ("rotated:bits=4,scale_kind=int8", 64, 4096),
         ("k=intn:bits=2,axis=channel v=intn:bits=2", 128, 4096),
+        *(("direction:bits=4", d, 4096) for d in (64, 128)),
+        ("k=twoaxis:bits=2 v=direction:bits=3", 128, 64),
         *((f"k=rotated:bits=2 v=trellis:bits={bits}", d, 4096) for bits, d in ((1, 128), (2, 64), (3, 128), (4, 256))),
     ],
 )

@@ -81,6 +81,8 @@ struct Entries {
     if constexpr (LISTED) return zero;
     return fmaf(BIT ? 0.f : -(BIAS + 128.f), gain(scale), fmaf(S::MID, scale, zero));
   }
+  // What zeros of channels are multiplied by for a token of some gain.
+  static INLINE float zeros(float gain) { return !S::CHANNELS_FIRST ? 1.f : LISTED ? gain : gain * (1.f / S::STEP); }
 };
 
 // States of a trellis of the lane's channels 8 u + 2 x + r, in bytes a[y][2 * half + r] of four tokens.
@@ -138,8 +140,9 @@ INLINE void dequantise_keys(const u8* side, u8* slot, const Entries<S>& entries,
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[r], offset[r]);
-          if constexpr (S::CHANNEL_SCALE.kind != NONE) x[i] = fmaf(x[i], stretch[i], shift[i]);
-          else if constexpr (S::CHANNEL_ZERO.kind != NONE) x[i] += shift[i];
+          const float zero = shift[i] * Entries<S>::zeros(gain[r]);
+          if constexpr (S::CHANNEL_SCALE.kind != NONE) x[i] = fmaf(x[i], stretch[i], zero);
+          else if constexpr (S::CHANNEL_ZERO.kind != NONE) x[i] += zero;
         }
         put(slot + 8192 * u + swizzled(place_of(8 * g + 2 * w + r), chunk), x);
       }
@@ -187,7 +190,7 @@ INLINE void dequantise_values(const u8* side, u8* slot, const Entries<S>& entrie
         for (int i = 0; i < 8; i++) {
           x[i] = fmaf(entries.entry(a[y][2 * (i / 4) + r], i % 4, 2 * w + r), gain[8 * y + i], offset[8 * y + i]);
           if constexpr (S::CHANNEL_SCALE.kind != NONE || S::CHANNEL_ZERO.kind != NONE)
-            x[i] = fmaf(x[i], stretch[r], shift[r]);
+            x[i] = fmaf(x[i], stretch[r], shift[r] * Entries<S>::zeros(gain[8 * y + i]));
         }
         put(slot + swizzled(8 * (row + r) + g, 2 * p + y), x);
       }

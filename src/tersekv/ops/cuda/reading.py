@@ -23,8 +23,10 @@ def refusal(layout: Layout, recipe: Recipe, side: str) -> str | None:
         return _trellis_refusal(layout, side)
     if isinstance(recipe, Dense):
         return _dense_refusal(layout)
-    if not isinstance(recipe, Grid) or recipe.name != "grid":
+    if not isinstance(recipe, Grid):
         return f"recipe {recipe.name}: the CUDA kernels read dense, grid, and trellis as values."
+    if recipe.first == "channel" and "zero" in layout:
+        return f"recipe {recipe.name}: the CUDA kernels read it without zeros of tokens."
     if not layout.takes("mma_k"):
         return f"{layout.code_bits} bits: the CUDA kernels read 1, 2, 3, 4 and 8."
     if listed(recipe.table) and layout.d not in CHUNK_HEAD_DIMS:

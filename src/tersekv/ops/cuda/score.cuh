@@ -76,17 +76,19 @@ INLINE void score(const u8* page, const u32 (&table)[4], const float* sizes, con
     const int head = lane % 4 + 4 * j;
     const float step = queries.step[head], digit = step * K::STEP, less = -MAGIC * digit;
     const float sum = K_ZERO ? queries.sum[head] : 0;
-    float shift = -ref[j];
-    if constexpr (MEAN) shift += with_mean(page, q[j]) * step;
-    if constexpr (BY_PAGE) shift += queries.bias[head];
+    float shift = -ref[j], of_zeros = 0;
+    if constexpr (MEAN) of_zeros = with_mean(page, q[j]) * step;
+    if constexpr (BY_PAGE) of_zeros += queries.bias[head];
+    if constexpr (!K::CHANNELS_FIRST) shift += of_zeros;
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       const int* digits = product[j][t / 2] + t % 2 * 2;
       const float gain = K::BITS == 1 ? scale[t] * (1.f / (1 << t)) : scale[t];  // see `Unit<1>`
       const float offset = zero[t] + K::MID * scale[t];
+      const float base = K::CHANNELS_FIRST ? fmaf(of_zeros, scale[t], shift) : shift;
       const float lower = fmaf(__int_as_float(digits[1]), digit, less);
       const float dot = fmaf(__int_as_float(digits[0]) - MAGIC, digit * QUERY_STEPS, lower);
-      s[t][j] = fmaf(dot, gain, K_ZERO ? fmaf(offset, sum, shift) : shift);
+      s[t][j] = fmaf(dot, gain, K_ZERO ? fmaf(offset, sum, base) : base);
     }
   }
   if (tokens_left < BLOCK)

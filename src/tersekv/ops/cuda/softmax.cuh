@@ -5,7 +5,7 @@
 // A warp's running softmax over its pages. Scores are in units of log2, relative to `ref` of their row.
 struct Softmax {
   float out[SUMS][2][USED], ref[MINE], mass[MINE], zero[MINE], middle[MINE];
-  float gain[MINE], page_zero[MINE], page_mass[MINE];  // of the page under way
+  float gain[MINE], page_zero[MINE], page_mass[MINE];  // of the page under way: see `weigh`
   bool first;
 
   INLINE Softmax() : first(true) {
@@ -72,14 +72,15 @@ struct Softmax {
         for (int t = 0; t < TOKENS; t++) sum[j] += p[t][j];
       }
     }
-    float w[TOKENS][MINE], largest[MINE];
+    float w[TOKENS][MINE], largest[MINE], weight[MINE];  // the last: what zeros of channels are multiplied by
 #pragma unroll
     for (int j = 0; j < MINE; j++) {
-      largest[j] = page_zero[j] = 0;
+      largest[j] = page_zero[j] = weight[j] = 0;
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         w[t][j] = p[t][j] * scale[t];
         largest[j] = fmaxf(largest[j], w[t][j]);
+        if constexpr (V::CHANNELS_FIRST) weight[j] += w[t][j];
         if constexpr (V_ZERO) page_zero[j] += p[t][j] * offset[t];
       }
     }
@@ -95,7 +96,8 @@ struct Softmax {
       for (int t = 0; t < TOKENS; t++) byte[t][j] = __float_as_uint(fmaf(w[t][j], inverse, MAGIC));
       mass[j] += sum[j];
       gain[j] = top * (1.f / 255);
-      if constexpr (V_CHANNELS) page_mass[j] = row_sum(sum[j]), page_zero[j] = row_sum(page_zero[j]);
+      if constexpr (!V::CHANNELS_FIRST) weight[j] = sum[j];
+      if constexpr (V_CHANNELS) page_mass[j] = row_sum(weight[j]), page_zero[j] = row_sum(page_zero[j]);
       else zero[j] += page_zero[j];
     }
   }

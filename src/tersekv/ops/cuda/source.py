@@ -38,6 +38,7 @@ def _table(recipe: Read) -> str:
     return f"""  static constexpr float STEP = {number(found.step)}, MID = {number(found.middle)};
   static constexpr float CENTRE = {number(found.centre)};
   static constexpr bool LISTED = {int(bool(_entries(recipe)))}, TRELLIS = {int(trellis)};
+  static constexpr bool CHANNELS_FIRST = {int(isinstance(recipe, Grid) and recipe.first == "channel")};
   static constexpr u32 {words};
 """
 
