@@ -136,6 +136,9 @@ def test_layers_with_a_forward_of_their_own_are_left_alone(monkeypatch: pytest.M
     model, seen = make_model("llama"), counted(monkeypatch)
     model.lm_head.forward = lambda x: nn.functional.linear(x, model.lm_head.weight)  # as hooks of accelerate do
     others = sum(type(module) is nn.Linear for module in model.modules()) - 1
+    projection = model.model.layers[0].mlp.down_proj
     with tersekv.attached(model), tersekv.attached(model):
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=tersekv.cache(model, "none"))
+        projection.forward = hook = lambda x: x
     assert len(seen) == others and "forward" in vars(model.lm_head)
+    assert vars(projection)["forward"] is hook

@@ -14,13 +14,15 @@ def few_tokens(model: nn.Module) -> Iterator[None]:
     """Within the block, whatever `ops.linear` takes does not go to PyTorch. Subclasses, and layers whose `forward`
     somebody else has exchanged, are left alone."""
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-    for layer in layers:
-        vars(layer)["forward"] = _forward(layer)
+    ours = [(vars(layer), _forward(layer)) for layer in layers]
+    for attributes, forward in ours:
+        attributes["forward"] = forward
     try:
         yield
     finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+        for attributes, forward in ours:
+            if attributes.get("forward") is forward:  # and not what was put there meanwhile
+                del attributes["forward"]
 
 
 def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
