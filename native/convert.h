@@ -24,15 +24,11 @@ inline void load_numbers(const uint8_t* from, Kind kind, int count, float* to) {
   load_as<Kind::bf16>(from, count, to);
 }
 
-// Ties to even; beyond its numbers infinite, which `half_bits` and `bfloat_bits`, for what is to be decoded, are not.
+// As `half_bits`, but infinite beyond the numbers of fp16.
 INLINE QuadInts fp16_bits(Quad x) {
   constexpr int32_t BEYOND = 0x477ff000;  // 65520, halfway from the largest fp16 to what would be the next one
   const QuadInts bits = (QuadInts)x;
   return (bits & 0x7fffffff) >= BEYOND ? 0x7c00 | (bits >> 16 & 0x8000) : half_bits(x);
-}
-INLINE QuadInts bf16_bits(Quad x) {
-  const QuadInts bits = (QuadInts)x;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 inline void store_numbers(const float* from, Kind kind, int count, uint8_t* to) {

@@ -30,10 +30,12 @@ INLINE Quad from_half_bits(QuadInts half) {
   return (Quad)((half & 0x7fff) << 13 | (half & 0x8000) << 16) * 5.192296858534828e33f;  // 2^112
 }
 
-INLINE QuadInts bfloat_bits(Quad x) {
-  const QuadInts bits = (QuadInts)clamped(x, 3.3895313892515355e38f);
+// bf16 in the low 16 bits: ties to even, infinite beyond its numbers.
+INLINE QuadInts bf16_bits(Quad x) {
+  const QuadInts bits = (QuadInts)x;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+INLINE QuadInts bfloat_bits(Quad x) { return bf16_bits(clamped(x, 3.3895313892515355e38f)); }  // saturates
 
 INLINE uint8_t log8_code(const Log8& log8, float x) {
   if (!(x >= log8.floor)) return 0;

@@ -23,7 +23,6 @@ class AskingTail(DeviceTail):
         super().__init__(tiers, policy, room, n, group)
         ring, self.scale = self.dense.ring_k, 1.0
         b, h, slots, d = ring.shape
-        self.placed = 0  # tokens written that the policy was given
         with torch.inference_mode(False):
             asked = torch.empty(b, h, slots, group, d, dtype=ring.dtype, device=ring.device)
             self.multipliers = tuple(None if x is None else x.clone() for x in self.multipliers)
@@ -47,10 +46,10 @@ class AskingTail(DeviceTail):
         return self._given(count) if self.policy.asking(self.tiers) else super()._held(count)
 
     def _given(self, count: int) -> Tiers:
-        """Tiers of their own, after the policy was given the first `count` tokens."""
-        first, stop = self.start + self.placed, self.start + count
-        before = super()._held(self.placed)
-        if count == self.placed:
+        """Tiers of their own, after the policy was given the first `count` tokens. It has those of the last packing."""
+        given = self.held_since
+        before, first, stop = super()._held(given), self.start + given, self.start + count
+        if count == given:
             return before
         return self.policy.place(before, self._written(first, stop), self._queries(first, stop))
 
@@ -74,5 +73,4 @@ class AskingTail(DeviceTail):
         ):
             if to is not None and x is not None:
                 to.copy_(x)
-        self.placed = self.written
         self._packed(new.lengths - self.packed)

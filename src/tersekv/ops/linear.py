@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tersekv.errors import InputError
 from tersekv.ops import native
 
 FEW = 8  # vectors up to which one pass over the weights is faster than PyTorch's products of matrices
@@ -31,10 +32,21 @@ def linear(
 ) -> Float[Tensor, "*tokens outputs"]:
     """x weight^T + bias, in fp32, rounded once to the type of all three.
 
-    Raises InputError for what `takes` refuses.
+    Any number of vectors; up to FEW are fast. Raises InputError for other types, for weights that are not contiguous,
+    and for inputs that are no multiple of MULTIPLE.
     """
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    native.linear(x.contiguous(), weight, bias, y, isa)
+    try:
+        given = [x if x is None else native.array(x.detach()) for x in (x.contiguous(), weight, bias)]
+        native._native.linear(*given, native.array(y), isa, torch.get_num_threads())
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except (TypeError, BufferError):
+        shown = (f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (x, weight, bias) if x is not None)
+        raise InputError(
+            f"A native linear layer cannot take {', '.join(shown)}. Allowed: inputs, weights and bias in memory, in "
+            "one of fp32, fp16 and bf16, weights contiguous."
+        ) from None
     return y
 
 
@@ -42,7 +54,7 @@ def linear(
 _library = torch.library.Library("tersekv", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("linear", linear, "CPU")
-compiled = torch.ops.tersekv.linear
+compiled = torch.ops.tersekv.linear.default
 
 
 @torch.library.register_fake("tersekv::linear")

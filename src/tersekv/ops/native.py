@@ -228,15 +228,6 @@ def merge(parts: list[Partial]) -> Partial:
     return outs[0], lses[0]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, isa: str = "") -> None:
-    """x weight^T + bias, written to `y`; all contiguous and of one type."""
-    given = [x if x is None else array(x.detach() if x.requires_grad else x) for x in (x, weight, bias)]
-    try:
-        _native.linear(*given, array(y), isa, torch.get_num_threads())
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from None
-
-
 def new_pool(pages: int, nbytes: int) -> Tensor:
     """Room for pages, in large memory pages where the system has them: scattered pages are read a quarter faster."""
     pool = torch.empty(pages, nbytes, dtype=torch.uint8)
