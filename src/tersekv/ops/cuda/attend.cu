@@ -11,7 +11,7 @@ typedef Ring<SLOTS, SLOT_BYTES> Pages;
 struct Shared : WalksOf<V::TRELLIS> {
   u64 copied[WARPS][SLOTS];
   Queries queries[QUERIES];
-  float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 1];
+  __align__(16) float q[BY_PAGE ? HEADS : 1][BY_PAGE ? D : 4];
   float sizes[LOG8_SCALES ? 256 : 1];  // of the codes of LOG8
 };
 // The same number, in a register of its own: the compiler would write a constant, or one that all lanes share, anew for
@@ -71,10 +71,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int row = warp; row < HEADS; row += WARPS) {
     const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
-    const float scale = row < rows ? a.scale : 0;
     if constexpr (BY_PAGE)
       for (int c = lane; c < D; c += 32) shared.q[row][c] = q[c];
-    else quantise(q, nullptr, scale, row, shared.queries[0]);
+    else quantise<1>(q, 0, nullptr, rows, a.scale, row, shared.queries[0]);
   }
   __syncthreads();
 
@@ -94,7 +93,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     const u8* page = next(PIECES * i);
     Queries& queries = shared.queries[BY_PAGE ? warp : 0];
     if constexpr (BY_PAGE) {
-      for (int row = 0; row < HEADS; row++) quantise(shared.q[row], page, row < rows ? a.scale : 0, row, queries);
+#pragma unroll
+      for (int row = 0; row < HEADS; row += 4) quantise<4>(shared.q[row], D, page, rows, a.scale, row, queries);
       __syncwarp();
     }
     float s[TOKENS][MINE];

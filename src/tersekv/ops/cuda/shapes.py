@@ -94,7 +94,7 @@ def fitting(k: Layout, v: Layout, rows: int, gpu: Limits) -> Iterator[Shape]:
     sizes = 256 if any(p.name == "scale" and p.kind == "log8" for p in (*k.planes, *v.planes)) else 1
     for threads, blocks in SHAPES:
         warps, queries = threads // 32, 2 * d * heads + 12 * heads
-        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 1) + 4 * sizes
+        shared = queries * (warps if by_page else 1) + 4 * (heads * d if by_page else 4) + 4 * sizes
         sums = warps * heads * (4 * d + 12)  # `Sums` in join.cuh
         slots = next(count for count in range(pieces + 1, MOST_SLOTS + 1) if warps * count * slot >= sums)
         total = warps * slots * (slot + 8) + shared + 16 + (windows + warps * heads * 64 + 16 if windows else 0)
