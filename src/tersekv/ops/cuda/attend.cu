@@ -33,6 +33,12 @@ struct Tables {
   }
 };
 
+// Of a split: they differ by one page at most.
+INLINE int first_page(int pages, int split, int splits) {
+  const int each = pages / splits, more = pages % splits;
+  return split * each + (split < more ? split : more);
+}
+
 static_assert(sizeof(Sums) <= WARPS * Pages::BYTES, "sums lie where the rings were");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const Arguments a) {
@@ -42,20 +48,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
   const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
   const i64 first_row = i64(sequence) * a.rows + head0;
-  // Where the numbers of the first pages lie if the table is full, and about there if it has room: no wait for the length.
-  const int guess = int(i64(a.blocks) * split / a.splits) + threadIdx.x;
-  if (guess < a.blocks) prefetch(a.table + i64(sequence) * a.blocks + guess);
+  // Queries are asked for before pages are: behind these they would wait.
+  const u8* const q_bytes = reinterpret_cast<const u8*>(a.q + first_row * D);
+  if (threadIdx.x * 128 < rows * D * sizeof(float)) prefetch(q_bytes + threadIdx.x * 128);
+  // The numbers of the first pages are asked for beside the length: they are these if the table is full.
+  const int* const table = a.table + i64(sequence) * a.blocks;
+  const int guess = first_page(a.blocks, split, a.splits) + warp, place = guess + lane * WARPS;
+  int ids = place < a.blocks ? table[place] : 0;  // the lanes hold the numbers of 32 pages
   const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
-  const int begin = int(i64(pages) * split / a.splits) + warp, end = int(i64(pages) * (split + 1) / a.splits);
+  const int begin = first_page(pages, split, a.splits) + warp, end = first_page(pages, split + 1, a.splits);
   const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;
   const Pages ring(memory + warp * Pages::BYTES, shared.copied[warp]);
 
-  int ids = 0;  // the lanes hold the numbers of 32 pages
   const u8* from = a.pool;
   auto ask = [&](int piece, int slot) {  // for a page, or for its keys (even) or values, in the order in which they are used
     const int i = piece / PIECES;
     if (piece % PIECES == 0) {
-      if (i % 32 == 0) ids = i + lane < count ? a.table[i64(sequence) * a.blocks + begin + (i + lane) * WARPS] : 0;
+      if (i % 32 == 0 && (i || begin != guess)) ids = i + lane < count ? table[begin + (i + lane) * WARPS] : 0;
       from = a.pool + u64(u32(__shfl_sync(~0u, ids, i % 32))) * a.page_bytes;
     }
     if constexpr (PIECES == 1) ring.copy<K::BYTES + V::USED>(slot, from, i < count);
@@ -110,5 +119,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   put(softmax, sums);
   __syncthreads();
   join_warps(a, sums, tile, split, first_row, rows);
-  if (a.splits > 1) join_splits(a, tile, first_row, rows, reinterpret_cast<float*>(memory));
+  if (a.splits > 1) join_splits(a, tile, first_row, rows);
 }

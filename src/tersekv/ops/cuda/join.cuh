@@ -17,7 +17,7 @@ struct Arguments {  // as in attending.py
 };
 
 constexpr int ITEMS = D * HEADS / 2;  // pairs of neighbouring channels of the heads, see `Item`
-constexpr int AT_ONCE = 16;           // splits of which a thread waits for at the same time
+constexpr int AT_ONCE = 8;            // splits of which a thread waits for at the same time
 struct Sums {  // of all warps, at the end; lies where the rings were. Lanes side by side, as they hold them
   float2 out[WARPS][SUMS][USED][32];
   float ref[HEADS][WARPS], mass[HEADS][WARPS], share[HEADS][WARPS];
@@ -63,75 +63,30 @@ struct Item {
   }
 };
 
-// What parts count of a head, by one warp: weights in `share` that sum up to 1; returns the log-sum-exp in units of log2.
-template <class Ref, class Mass>
-INLINE float divide(int count, Ref ref_of, Mass mass_of, float* share) {
-  const int lane = threadIdx.x % 32;
-  float ref = -INFINITE, total = 0;
-  for (int i = lane; i < count; i += 32) ref = fmaxf(ref, share[i] = ref_of(i));
+// What the warps count of each head, weights that sum up to 1, and the head's log-sum-exp in units of log2. A thread for
+// each head and warp: it finds the head's sum by itself, which takes less time than to exchange it.
+template <class Write>
+INLINE void weigh(Sums& sums, Write write) {
+  static_assert(HEADS * WARPS <= THREADS);
+  const int head = threadIdx.x / WARPS, warp = threadIdx.x % WARPS;
+  if (head >= HEADS) return;
+  float top = -INFINITE, total = 0;
 #pragma unroll
-  for (int i = 1; i < 32; i *= 2) ref = fmaxf(ref, across(ref, i));
-  for (int i = lane; i < count; i += 32) {
-    const float factor = ref == -INFINITE ? 0 : exp2_fast(share[i] - ref);
-    share[i] = factor, total += factor * mass_of(i);
-  }
+  for (int i = 0; i < WARPS; i++) top = fmaxf(top, sums.ref[head][i]);
+  const float ref = top == -INFINITE ? 0 : top;
 #pragma unroll
-  for (int i = 1; i < 32; i *= 2) total += across(total, i);
-  for (int i = lane; i < count; i += 32) share[i] *= total > 0 ? 1 / total : 0;
-  return total > 0 ? ref + log2f(total) : -INFINITE;
-}
-
-// The block that comes last joins the splits of its tile. Nothing else runs by then, so what counts is how often it waits.
-INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows, float* share) {
-  __shared__ int last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(a.arrived + tile, 1) == a.splits - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  if (threadIdx.x == 0) a.arrived[tile] = 0;
-  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(tile) * a.splits * ITEMS;
-  auto part = [&](int s, int i) { return s < a.splits ? __ldcg(parts + i64(s) * ITEMS + i) : make_float2(0, 0); };
-  float2 early[AT_ONCE];  // of the thread's first item: asked for before it is known what they count
-#pragma unroll
-  for (int s = 0; s < AT_ONCE; s++) early[s] = threadIdx.x < ITEMS ? part(s, threadIdx.x) : make_float2(0, 0);
-  const float* sums = a.part_sums + i64(tile) * a.splits * HEADS;
-  for (int head = threadIdx.x / 32; head < rows; head += WARPS) {
-    const float lse = divide(
-        a.splits, [&](int i) { return __ldcg(sums + i * HEADS + head); }, [](int) { return 1.f; },
-        share + head * a.splits);
-    if (threadIdx.x % 32 == 0) a.lse[first_row + head] = lse * 0.69314718f;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const Item item(i);
-    if (item.head >= rows) continue;
-    float2 out = make_float2(0, 0);
-    for (int first = 0; first < a.splits; first += AT_ONCE) {
-      if (first || i != threadIdx.x)
-#pragma unroll
-        for (int s = 0; s < AT_ONCE; s++) early[s] = part(first + s, i);
-#pragma unroll
-      for (int s = 0; s < AT_ONCE; s++) {
-        const float weight = first + s < a.splits ? share[item.head * a.splits + first + s] : 0;
-        out.x += weight * early[s].x, out.y += weight * early[s].y;
-      }
-    }
-    *reinterpret_cast<float2*>(a.out + (first_row + item.head) * D + item.channel) = out;
-  }
+  for (int i = 0; i < WARPS; i++) total += exp2_fast(sums.ref[head][i] - ref) * sums.mass[head][i];
+  sums.share[head][warp] = total > 0 ? exp2_fast(sums.ref[head][warp] - ref) / total : 0;
+  if (warp == 0) write(head, total > 0 ? ref + log2f(total) : -INFINITE);
 }
 
 // Joins the parts of the block's warps, to the output or to the split's place.
 INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 first_row, int rows) {
-  for (int head = threadIdx.x / 32; head < rows; head += WARPS) {
-    const float lse = divide(
-        WARPS, [&](int i) { return sums.ref[head][i]; }, [&](int i) { return sums.mass[head][i]; }, sums.share[head]);
-    if (threadIdx.x % 32 == 0) {
-      if (a.splits == 1) a.lse[first_row + head] = lse * 0.69314718f;
-      else __stcg(a.part_sums + (i64(tile) * a.splits + split) * HEADS + head, lse);
-    }
-  }
+  weigh(sums, [&](int head, float lse) {
+    if (head >= rows) return;
+    if (a.splits == 1) a.lse[first_row + head] = lse * 0.69314718f;
+    else __stcg(a.part_sums + (i64(tile) * a.splits + split) * HEADS + head, lse);
+  });
   __syncthreads();
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
     const Item item(i);
@@ -145,5 +100,63 @@ INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 
     }
     if (a.splits == 1) *reinterpret_cast<float2*>(a.out + (first_row + item.head) * D + item.channel) = out;
     else __stcg(reinterpret_cast<float2*>(a.part_out) + (i64(tile) * a.splits + split) * ITEMS + i, out);
+  }
+}
+
+// Whether all other blocks of the tile were here before: what they have written can be read then.
+INLINE bool last_to_arrive(int* arrived, int splits) {
+  __shared__ int before;
+  __syncthreads();
+  if (threadIdx.x == 0)  // for all threads of the block, and not by each of them: a fence waits for every store
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+  __syncthreads();
+  return before == splits - 1;
+}
+
+// The parts of one item, in a running softmax.
+struct Joined {
+  float top = -INFINITE, mass = 0;
+  float2 out = make_float2(0, 0);
+  INLINE void add(const float (&lse)[AT_ONCE], const float2 (&x)[AT_ONCE]) {
+    float now = top;
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; s++) now = fmaxf(now, lse[s]);
+    const float ref = now == -INFINITE ? 0 : now, fade = exp2_fast(top - ref);
+    top = now, mass *= fade, out.x *= fade, out.y *= fade;
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; s++) {
+      const float weight = exp2_fast(lse[s] - ref);
+      mass += weight, out.x += weight * x[s].x, out.y += weight * x[s].y;
+    }
+  }
+};
+
+// The block that comes last joins the splits of its tile. Nothing else runs by then, so what counts is how often it
+// waits: once for memory, and never for another thread. Each item is weighed anew for that.
+INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows) {
+  if (!last_to_arrive(a.arrived + tile, a.splits)) return;
+  if (threadIdx.x == 0) a.arrived[tile] = 0;
+  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(tile) * a.splits * ITEMS;
+  const float* sums = a.part_sums + i64(tile) * a.splits * HEADS;
+  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
+    const Item item(i);
+    if (item.head >= rows) continue;
+    Joined all;
+#pragma unroll 1
+    for (int first = 0; first < a.splits; first += AT_ONCE) {
+      float lse[AT_ONCE];
+      float2 x[AT_ONCE];
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; s++) {
+        const bool there = first + s < a.splits;
+        x[s] = there ? __ldcg(parts + i64(first + s) * ITEMS + i) : make_float2(0, 0);
+        lse[s] = there ? __ldcg(sums + (first + s) * HEADS + item.head) : -INFINITE;
+      }
+      all.add(lse, x);
+    }
+    const float inverse = all.mass > 0 ? 1 / all.mass : 0;
+    const i64 row = first_row + item.head;
+    *reinterpret_cast<float2*>(a.out + row * D + item.channel) = make_float2(all.out.x * inverse, all.out.y * inverse);
+    if (item.channel == 0) a.lse[row] = all.mass > 0 ? (all.top + log2f(all.mass)) * 0.69314718f : -INFINITE;
   }
 }
