@@ -45,26 +45,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory + WARPS * Pages::BYTES);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler sees to be one
-  const int split = blockIdx.x % a.splits, tile = blockIdx.x / a.splits, sequence = tile / a.tiles;
-  const int head0 = tile % a.tiles * HEADS, rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
-  const i64 first_row = i64(sequence) * a.rows + head0;
+  const Place place(a);
+  const int sequence = place.sequence, split = place.split, rows = place.rows;
   // Queries are asked for before pages are: behind these they would wait.
-  const u8* const q_bytes = reinterpret_cast<const u8*>(a.q + first_row * D);
+  const u8* const q_bytes = reinterpret_cast<const u8*>(a.q + place.first_row * D);
   if (threadIdx.x * 128 < rows * D * sizeof(float)) prefetch(q_bytes + threadIdx.x * 128);
   // The numbers of the first pages are asked for beside the length: they are these if the table is full.
-  const int* const table = a.table + i64(sequence) * a.blocks;
-  const int guess = first_page(a.blocks, split, a.splits) + warp, place = guess + lane * WARPS;
-  int ids = place < a.blocks ? table[place] : 0;  // the lanes hold the numbers of 32 pages
+  const int guess = first_page(a.blocks, split, a.splits) + warp, first = guess + lane * WARPS;
+  int ids = first < a.blocks ? a.table[i64(sequence) * a.blocks + first] : 0;  // the lanes hold the numbers of 32 pages
   const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
   const int begin = first_page(pages, split, a.splits) + warp, end = first_page(pages, split + 1, a.splits);
   const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;
   const Pages ring(memory + warp * Pages::BYTES, shared.copied[warp]);
 
+  const int* const table = a.table + i64(sequence) * a.blocks + begin + lane * WARPS;
+  auto numbers = [&](int i) { return i + lane < count ? table[i * WARPS] : 0; };
+  if (begin != guess) ids = numbers(0);
   const u8* from = a.pool;
   auto ask = [&](int piece, int slot) {  // for a page, or for its keys (even) or values, in the order in which they are used
     const int i = piece / PIECES;
     if (piece % PIECES == 0) {
-      if (i % 32 == 0 && (i || begin != guess)) ids = i + lane < count ? table[begin + (i + lane) * WARPS] : 0;
+      if (i % 32 == 0 && i) ids = numbers(i);
       from = a.pool + u64(u32(__shfl_sync(~0u, ids, i % 32))) * a.page_bytes;
     }
     if constexpr (PIECES == 1) ring.copy<K::BYTES + V::USED>(slot, from, i < count);
@@ -79,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
 
   for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
   for (int row = warp; row < HEADS; row += WARPS) {
-    const float* q = a.q + (first_row + (row < rows ? row : 0)) * D;
+    const float* q = a.q + (place.first_row + (row < rows ? row : 0)) * D;
     if constexpr (BY_PAGE)
       for (int c = lane; c < D; c += 32) shared.q[row][c] = q[c];
     else quantise<1>(q, 0, nullptr, rows, a.scale, row, shared.queries[0]);
@@ -98,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     if (++slot == SLOTS) slot = 0, turn++;
     return at;
   };
+#pragma unroll 1
   for (int i = 0; i < count; i++, left -= WARPS * BLOCK) {
     const u8* page = next(PIECES * i);
     Queries& queries = shared.queries[BY_PAGE ? warp : 0];
@@ -118,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   Sums& sums = *reinterpret_cast<Sums*>(memory);
   put(softmax, sums);
   __syncthreads();
-  join_warps(a, sums, tile, split, first_row, rows);
-  if (a.splits > 1) join_splits(a, tile, first_row, rows);
+  const Place again(a);  // and not held in registers until now
+  join_warps(a, sums, again);
+  if (a.splits > 1) join_splits(a, again);
 }

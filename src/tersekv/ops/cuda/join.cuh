@@ -16,6 +16,20 @@ struct Arguments {  // as in attending.py
   float scale;                      // of scores, times log2(e)
 };
 
+// What the block works on. The compiler does not see that two of a block are the same.
+struct Place {
+  int split, tile, sequence, rows;
+  i64 first_row;
+  INLINE explicit Place(const Arguments& a) {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    split = block % a.splits, tile = block / a.splits, sequence = tile / a.tiles;
+    const int head0 = tile % a.tiles * HEADS;
+    rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
+    first_row = i64(sequence) * a.rows + head0;
+  }
+};
+
 constexpr int ITEMS = D * HEADS / 2;  // pairs of neighbouring channels of the heads, see `Item`
 constexpr int AT_ONCE = 8;            // splits of which a thread waits for at the same time
 struct Sums {  // of all warps, at the end; lies where the rings were. Lanes side by side, as they hold them
@@ -81,16 +95,17 @@ INLINE void weigh(Sums& sums, Write write) {
 }
 
 // Joins the parts of the block's warps, to the output or to the split's place.
-INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 first_row, int rows) {
+INLINE void join_warps(const Arguments& a, Sums& sums, const Place& place) {
+  const i64 part = i64(place.tile) * a.splits + place.split;
   weigh(sums, [&](int head, float lse) {
-    if (head >= rows) return;
-    if (a.splits == 1) a.lse[first_row + head] = lse * 0.69314718f;
-    else __stcg(a.part_sums + (i64(tile) * a.splits + split) * HEADS + head, lse);
+    if (head >= place.rows) return;
+    if (a.splits == 1) a.lse[place.first_row + head] = lse * 0.69314718f;
+    else __stcg(a.part_sums + part * HEADS + head, lse);
   });
   __syncthreads();
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
     const Item item(i);
-    if (item.head >= rows) continue;
+    if (item.head >= place.rows) continue;
     float2 out = make_float2(0, 0);
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) {
@@ -98,8 +113,8 @@ INLINE void join_warps(const Arguments& a, Sums& sums, int tile, int split, i64 
       const float weight = sums.share[item.head][warp];
       out.x += weight * x.x, out.y += weight * x.y;
     }
-    if (a.splits == 1) *reinterpret_cast<float2*>(a.out + (first_row + item.head) * D + item.channel) = out;
-    else __stcg(reinterpret_cast<float2*>(a.part_out) + (i64(tile) * a.splits + split) * ITEMS + i, out);
+    if (a.splits == 1) *reinterpret_cast<float2*>(a.out + (place.first_row + item.head) * D + item.channel) = out;
+    else __stcg(reinterpret_cast<float2*>(a.part_out) + part * ITEMS + i, out);
   }
 }
 
@@ -133,14 +148,14 @@ struct Joined {
 
 // The block that comes last joins the splits of its tile. Nothing else runs by then, so what counts is how often it
 // waits: once for memory, and never for another thread. Each item is weighed anew for that.
-INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows) {
-  if (!last_to_arrive(a.arrived + tile, a.splits)) return;
-  if (threadIdx.x == 0) a.arrived[tile] = 0;
-  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(tile) * a.splits * ITEMS;
-  const float* sums = a.part_sums + i64(tile) * a.splits * HEADS;
+INLINE void join_splits(const Arguments& a, const Place& place) {
+  if (!last_to_arrive(a.arrived + place.tile, a.splits)) return;
+  if (threadIdx.x == 0) a.arrived[place.tile] = 0;
+  const float2* parts = reinterpret_cast<const float2*>(a.part_out) + i64(place.tile) * a.splits * ITEMS;
+  const float* sums = a.part_sums + i64(place.tile) * a.splits * HEADS;
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
     const Item item(i);
-    if (item.head >= rows) continue;
+    if (item.head >= place.rows) continue;
     Joined all;
 #pragma unroll 1
     for (int first = 0; first < a.splits; first += AT_ONCE) {
@@ -155,7 +170,7 @@ INLINE void join_splits(const Arguments& a, int tile, i64 first_row, int rows) {
       all.add(lse, x);
     }
     const float inverse = all.mass > 0 ? 1 / all.mass : 0;
-    const i64 row = first_row + item.head;
+    const i64 row = place.first_row + item.head;
     *reinterpret_cast<float2*>(a.out + row * D + item.channel) = make_float2(all.out.x * inverse, all.out.y * inverse);
     if (item.channel == 0) a.lse[row] = all.mass > 0 ? (all.top + log2f(all.mass)) * 0.69314718f : -INFINITE;
   }

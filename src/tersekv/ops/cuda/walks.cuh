@@ -39,7 +39,9 @@ INLINE void put_weights(const u32 (&byte)[TOKENS][MINE], const WalkTables& walks
 }
 
 INLINE void mix_walks(const u8* page, const u32 (&byte)[TOKENS][MINE], const WalkTables& walks, Softmax& softmax) {
-  const int lane = threadIdx.x % 32, place = 4 * (lane / 4 % 4);
+  const int lane = threadIdx.x % 32;
+  int place = 4 * (lane / 4 % 4);
+  asm volatile("" : "+r"(place));  // `choose` is made anew for each page: registers are few
   put_weights(byte, walks);
   u32 weights[HEADS / 2][4], choose[4];  // choose: byte i of a word at the column's channel, zeros elsewhere
   float gain[HEADS / 2];
