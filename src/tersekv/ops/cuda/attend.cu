@@ -47,9 +47,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler sees to be one
   const Place place(a);
   const int sequence = place.sequence, split = place.split, rows = place.rows;
-  // Queries are asked for before pages are: behind these they would wait.
-  const u8* const q_bytes = reinterpret_cast<const u8*>(a.q + place.first_row * D);
-  if (threadIdx.x * 128 < rows * D * sizeof(float)) prefetch(q_bytes + threadIdx.x * 128);
   // The numbers of the first pages are asked for beside the length: they are these if the table is full.
   const int guess = first_page(a.blocks, split, a.splits) + warp, first = guess + lane * WARPS;
   int ids = first < a.blocks ? a.table[i64(sequence) * a.blocks + first] : 0;  // the lanes hold the numbers of 32 pages
@@ -72,18 +69,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
     else if (piece % 2 == 0) ring.copy<K::USED>(slot, from, i < count);
     else ring.copy<V::USED>(slot, from + K::BYTES, i < count);
   };
-#pragma unroll 1
-  for (int piece = 0; piece < SLOTS - 1; piece++) ask(piece, piece);
-  shared.copy(reinterpret_cast<const uint4*>(a.windows));
+  ask(0, 0);
   wait_for_last_launch();  // until here nothing was read that it may write: queries are what it writes
+  // They are asked for before all pages but one, behind which they would wait.
+  QueryRows<1> own[(HEADS + WARPS - 1) / WARPS];
+#pragma unroll
+  for (int row = 0; row < HEADS; row += WARPS)
+    own[row / WARPS].load(a.q + (place.first_row + (row + warp < rows ? row + warp : 0)) * D);
+#pragma unroll 1
+  for (int piece = 1; piece < SLOTS - 1; piece++) ask(piece, piece);
+  shared.copy(reinterpret_cast<const uint4*>(a.windows));
   let_next_launch();
 
   for (int i = threadIdx.x; i < (LOG8_SCALES ? 256 : 0); i += THREADS) shared.sizes[i] = log8_to_float(i);
-  for (int row = warp; row < HEADS; row += WARPS) {
-    const float* q = a.q + (place.first_row + (row < rows ? row : 0)) * D;
-    if constexpr (BY_PAGE)
-      for (int c = lane; c < D; c += 32) shared.q[row][c] = q[c];
-    else quantise<1>(q, 0, nullptr, rows, a.scale, row, shared.queries[0]);
+#pragma unroll
+  for (int row = 0; row < HEADS; row += WARPS) {
+    if (row + warp >= HEADS) break;
+    const QueryRows<1>& q = own[row / WARPS];
+    if constexpr (BY_PAGE) q.store(shared.q[row + warp]);
+    else quantise<1>(q, nullptr, rows, a.scale, row + warp, shared.queries[0]);
   }
   __syncthreads();
 
@@ -102,10 +106,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
 #pragma unroll 1
   for (int i = 0; i < count; i++, left -= WARPS * BLOCK) {
     const u8* page = next(PIECES * i);
+    softmax.first = i == 0;
     Queries& queries = shared.queries[BY_PAGE ? warp : 0];
     if constexpr (BY_PAGE) {
 #pragma unroll
-      for (int row = 0; row < HEADS; row += 4) quantise<4>(shared.q[row], D, page, rows, a.scale, row, queries);
+      for (int row = 0; row < HEADS; row += 4) {
+        QueryRows<4> four;
+        four.load(shared.q[row], D);
+        quantise<4>(four, page, rows, a.scale, row, queries);
+      }
       __syncwarp();
     }
     float s[TOKENS][MINE];

@@ -35,16 +35,39 @@ INLINE float sum_of_four(const float (&x)[4]) {
   return sum;
 }
 
-// Rows `first`.. by one warp, COUNT of them, `stride` apart: (q * channel_scale) in two digits, its sum, and, of four, q *
-// channel_zero, both in units of log2. From `rows` on they count nothing.
+// COUNT query rows, `stride` apart, as the lanes of a warp hold them.
 template <int COUNT>
-INLINE void quantise(const float* q, int stride, const u8* page, int rows, float scale, int first, Queries& to) {
-  constexpr int WORDS = (D / 4 + 31) / 32;
+struct QueryRows {
+  static constexpr int WORDS = (D / 4 + 31) / 32;
+  float x[COUNT][WORDS][4];
+  static INLINE int channel(int word) { return 4 * (threadIdx.x % 32 + 32 * word); }
+  INLINE void load(const float* from, int stride = 0) {
+#pragma unroll
+    for (int r = 0; r < COUNT; r++)
+#pragma unroll
+      for (int w = 0; w < WORDS; w++) {
+        const int c = channel(w);
+        const float4 four = c < D ? *reinterpret_cast<const float4*>(from + r * stride + c) : make_float4(0, 0, 0, 0);
+        x[r][w][0] = four.x, x[r][w][1] = four.y, x[r][w][2] = four.z, x[r][w][3] = four.w;
+      }
+  }
+  INLINE void store(float* to) const {  // of one row
+#pragma unroll
+    for (int w = 0; w < WORDS; w++)
+      if (const int c = channel(w); c < D) *reinterpret_cast<float4*>(to + c) = make_float4(x[0][w][0], x[0][w][1], x[0][w][2], x[0][w][3]);
+  }
+};
+
+// Rows `first`.. by one warp: (q * channel_scale) in two digits, its sum, and, of four, q * channel_zero, both in units of
+// log2. From `rows` on they count nothing.
+template <int COUNT>
+INLINE void quantise(const QueryRows<COUNT>& q, const u8* page, int rows, float scale, int first, Queries& to) {
+  constexpr int WORDS = QueryRows<COUNT>::WORDS;
   const int lane = threadIdx.x % 32;
   float x[COUNT][WORDS][4], top[COUNT] = {}, bias[COUNT] = {};
 #pragma unroll
   for (int w = 0; w < WORDS; w++) {
-    const int c = 4 * (lane + 32 * w);
+    const int c = QueryRows<COUNT>::channel(w);
     float gain[4] = {1, 1, 1, 1}, zero[4] = {};
     if constexpr (BY_PAGE)
       if (c < D) {
@@ -52,15 +75,12 @@ INLINE void quantise(const float* q, int stride, const u8* page, int rows, float
         numbers_of<K::CHANNEL_ZERO.kind>(page, K::CHANNEL_ZERO, c, 0, zero);
       }
 #pragma unroll
-    for (int r = 0; r < COUNT; r++) {
-      const float4 four = c < D ? *reinterpret_cast<const float4*>(q + r * stride + c) : make_float4(0, 0, 0, 0);
-      const float values[4] = {four.x, four.y, four.z, four.w};
+    for (int r = 0; r < COUNT; r++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        bias[r] += values[i] * zero[i], x[r][w][i] = values[i] * gain[i];
+        bias[r] += q.x[r][w][i] * zero[i], x[r][w][i] = q.x[r][w][i] * gain[i];
         top[r] = fmaxf(top[r], fabsf(x[r][w][i]));
       }
-    }
   }
 #pragma unroll
   for (int r = 0; r < COUNT; r++) {

@@ -6,9 +6,9 @@
 struct Softmax {
   float out[SUMS][2][USED], ref[MINE], mass[MINE], zero[MINE], middle[MINE];
   float gain[MINE], page_zero[MINE], page_mass[MINE];  // of the page under way: see `weigh`
-  bool first;
+  bool first;  // whether that page is the warp's first
 
-  INLINE Softmax() : first(true) {
+  INLINE Softmax() {
 #pragma unroll
     for (int m = 0; m < SUMS; m++)
 #pragma unroll
@@ -48,7 +48,6 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < 2 * USED; i++)
         out[m][i / USED][i % USED] *= V::TRELLIS ? of_sums[m % (HEADS / 2)] : fade[i % USED];
-    first = false;
   }
 
   // Scores to weights in the lowest byte: over the largest weight of the page and row.
