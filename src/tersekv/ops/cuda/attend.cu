@@ -50,8 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   // The numbers of the first pages are asked for beside the length: they are these if the table is full.
   const int guess = first_page(a.blocks, split, a.splits) + warp, first = guess + lane * WARPS;
   int ids = first < a.blocks ? a.table[i64(sequence) * a.blocks + first] : 0;  // the lanes hold the numbers of 32 pages
+  int begin = guess, end = first_page(a.blocks, split + 1, a.splits);
   const int length = int(a.lengths[sequence]), pages = (length + BLOCK - 1) / BLOCK;
-  const int begin = first_page(pages, split, a.splits) + warp, end = first_page(pages, split + 1, a.splits);
+  if (pages != a.blocks) begin = first_page(pages, split, a.splits) + warp, end = first_page(pages, split + 1, a.splits);
   const int count = end > begin ? (end - begin + WARPS - 1) / WARPS : 0;
   const Pages ring(memory + warp * Pages::BYTES, shared.copied[warp]);
 

@@ -79,7 +79,7 @@ def launch(pages: Pages, q: Tensor) -> Launch:
     run, how, tiles, parts = _plan(form, b * h, blocks, hq // h * n, q.device.index)
     results = b * h * tiles * parts * how.heads if parts > 1 else 0
     numbers = (pages.pool.stride(0), hq // h * n, blocks, parts, tiles)
-    return Launch(run, (b * h * tiles * parts, 1, 1), how.threads, b * h * tiles, results, numbers)
+    return Launch(run, (b * h * tiles, parts, 1), how.threads, b * h * tiles, results, numbers)
 
 
 def scratch(plan: Launch, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,6 @@ INLINE u16 to_half(float x) {
   return y;
 }
 
-INLINE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // A logarithm that may be off by a part of a step says which two edges to compare with.
 INLINE u32 log8_code(float x, const float* edges) {
   const int guess = __float2int_rn(fmaf(log2_fast(x), 12.f, 142.f)), below = guess < 0 ? 0 : guess > 252 ? 252 : guess;

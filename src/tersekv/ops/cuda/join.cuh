@@ -21,10 +21,9 @@ struct Place {
   int split, tile, sequence, rows;
   i64 first_row;
   INLINE explicit Place(const Arguments& a) {
-    int block;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    split = block % a.splits, tile = block / a.splits, sequence = tile / a.tiles;
-    const int head0 = tile % a.tiles * HEADS;
+    asm volatile("mov.u32 %0, %%ctaid.x;\nmov.u32 %1, %%ctaid.y;" : "=r"(tile), "=r"(split));
+    sequence = a.tiles == 1 ? tile : tile / a.tiles;  // the branch is the same for all, and a division takes 100 cycles
+    const int head0 = (tile - sequence * a.tiles) * HEADS;
     rows = a.rows - head0 < HEADS ? a.rows - head0 : HEADS;
     first_row = i64(sequence) * a.rows + head0;
   }
@@ -90,8 +89,8 @@ INLINE void weigh(Sums& sums, Write write) {
   const float ref = top == -INFINITE ? 0 : top;
 #pragma unroll
   for (int i = 0; i < WARPS; i++) total += exp2_fast(sums.ref[head][i] - ref) * sums.mass[head][i];
-  sums.share[head][warp] = total > 0 ? exp2_fast(sums.ref[head][warp] - ref) / total : 0;
-  if (warp == 0) write(head, total > 0 ? ref + log2f(total) : -INFINITE);
+  sums.share[head][warp] = total > 0 ? exp2_fast(sums.ref[head][warp] - ref) * reciprocal(total) : 0;
+  if (warp == 0) write(head, total > 0 ? ref + log2_fast(total) : -INFINITE);
 }
 
 // Joins the parts of the block's warps, to the output or to the split's place.
@@ -169,9 +168,9 @@ INLINE void join_splits(const Arguments& a, const Place& place) {
       }
       all.add(lse, x);
     }
-    const float inverse = all.mass > 0 ? 1 / all.mass : 0;
+    const float inverse = all.mass > 0 ? reciprocal(all.mass) : 0;
     const i64 row = place.first_row + item.head;
     *reinterpret_cast<float2*>(a.out + row * D + item.channel) = make_float2(all.out.x * inverse, all.out.y * inverse);
-    if (item.channel == 0) a.lse[row] = all.mass > 0 ? (all.top + log2f(all.mass)) * 0.69314718f : -INFINITE;
+    if (item.channel == 0) a.lse[row] = all.mass > 0 ? (all.top + log2_fast(all.mass)) * 0.69314718f : -INFINITE;
   }
 }

@@ -25,8 +25,7 @@ struct WalkTables {
   INLINE WalkTables(WalksOf<false>&, int) {}
 };
 
-INLINE void put_weights(const u32 (&byte)[TOKENS][MINE], const WalkTables& walks) {
-  const int lane = threadIdx.x % 32;
+INLINE void put_weights(const u32 (&byte)[TOKENS][MINE], const WalkTables& walks, int lane) {
 #pragma unroll
   for (int j = 0; j < MINE; j++) {
     u32 two[TOKENS / 2];
@@ -39,10 +38,10 @@ INLINE void put_weights(const u32 (&byte)[TOKENS][MINE], const WalkTables& walks
 }
 
 INLINE void mix_walks(const u8* page, const u32 (&byte)[TOKENS][MINE], const WalkTables& walks, Softmax& softmax) {
-  const int lane = threadIdx.x % 32;
-  int place = 4 * (lane / 4 % 4);
-  asm volatile("" : "+r"(place));  // `choose` is made anew for each page: registers are few
-  put_weights(byte, walks);
+  int lane = threadIdx.x % 32;
+  asm volatile("" : "+r"(lane));  // what depends on it is found anew for each page: registers are few
+  const int place = 4 * (lane / 4 % 4);
+  put_weights(byte, walks, lane);
   u32 weights[HEADS / 2][4], choose[4];  // choose: byte i of a word at the column's channel, zeros elsewhere
   float gain[HEADS / 2];
   Softmax::of_heads(softmax.gain, gain);
