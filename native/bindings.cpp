@@ -9,6 +9,7 @@
 #include "bandwidth.h"
 #include "encode_bindings.h"
 #include "isas.h"
+#include "decoder_bindings.h"
 #include "linear_bindings.h"
 #include "memory.h"
 #include "require.h"
@@ -48,6 +49,7 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_encoding(m);
   bind_linear(m);
+  bind_decoder(m);
   m.def("read_memory", &read_memory, "data"_a.noconvert(), "streams"_a, "threads"_a, "Parity of all bytes.");
   m.def("prefer_large_pages", &large_pages, "pool"_a.noconvert());
   m.def("isas", &isas, "Names, whether each runs here, and what it needs; best first.");

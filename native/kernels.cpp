@@ -3,6 +3,7 @@
 
 #include TERSEKV_ISA_HEADER
 
+#include "activations.h"
 #include "products.h"
 #include "run.h"
 
@@ -13,6 +14,6 @@ namespace tersekv::TERSEKV_ISA {
 
 static void attend(const Job& job, Scratch& scratch, Partial out) { Run(job, scratch, out)(); }
 
-extern const Kernels kernels = {NAMED(TERSEKV_ISA), attend, products};
+extern const Kernels kernels = {NAMED(TERSEKV_ISA), attend, products, norm, gated};
 
 }  // namespace tersekv::TERSEKV_ISA

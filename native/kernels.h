@@ -102,6 +102,9 @@ struct Kernels {
   void (*attend)(const Job&, Scratch&, Partial);
   // Products of vectors x (vectors, in) with rows first..last of the weights, in y (vectors, out).
   void (*products)(const Linear&, int first, int last, const float* x, int vectors, float* y);
+  // See activations.h.
+  void (*norm)(const float* x, const float* weights, int n, float eps, float* y);
+  void (*gated)(float* gate, const float* up, int n);
 };
 
 }  // namespace tersekv

@@ -16,18 +16,6 @@ using namespace nb::literals;
 
 namespace tersekv {
 
-namespace {
-
-using Weights = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Bias = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Vectors = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-using Written = nb::ndarray<nb::c_contig, nb::device::cpu>;
-
-template <class Array>
-const uint8_t* bytes_of(const Array& x) {
-  return static_cast<const uint8_t*>(x.data());
-}
-
 Linear layer_of(const Weights& weights, const std::optional<Bias>& bias) {
   const Kind kind = kind_of(weights, "Weights");
   const size_t out = weights.shape(0), in = weights.shape(1);
@@ -38,6 +26,8 @@ Linear layer_of(const Weights& weights, const std::optional<Bias>& bias) {
   return {bytes_of(weights), bias ? bytes_of(*bias) : nullptr, kind, int(in), int(out)};
 }
 
+namespace {
+
 void run(Vectors x, Weights weights, std::optional<Bias> bias, Written y, const std::string& isa, int threads) {
   const Linear layer = layer_of(weights, bias);
   const size_t vectors = x.size() / size_t(layer.in);
@@ -45,11 +35,10 @@ void run(Vectors x, Weights weights, std::optional<Bias> bias, Written y, const 
           ". Needed: rows as those of the weights ", shape(weights), ", of their type.");
   require(kind_of(y, "Outputs") == layer.kind && y.size() == vectors * size_t(layer.out), "Outputs ", shape(y),
           ". Needed: ", vectors, " rows of ", layer.out, " numbers, of the weights' type.");
-  const Kernels& kernels = choose(isa);
-  const EncodeKernels& rows = encode_kernels(isa);
+  const Processor on{choose(isa), encode_kernels(isa), threads};
   auto* out = static_cast<uint8_t*>(y.data());
   nb::gil_scoped_release release;
-  linear(layer, bytes_of(x), int(vectors), out, kernels, rows, threads);
+  linear(layer, bytes_of(x), int(vectors), out, on);
 }
 
 }  // namespace

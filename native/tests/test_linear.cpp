@@ -55,7 +55,7 @@ int failures(Kind kind, int in, int out, int vectors, bool biased, std::mt19937&
     for (int threads = 1; choice.runs && threads <= 3; threads += 2) {
       Guarded<uint8_t> y(right.size());
       linear({weights.data(), biased ? added.data() : nullptr, kind, in, out}, inputs.data(), vectors, y.data(),
-             *choice.kernels, encode_kernels(choice.kernels->name), threads);
+             {*choice.kernels, encode_kernels(choice.kernels->name), threads});
       if (std::memcmp(y.data(), right.data(), right.size()) == 0) continue;
       failed++;
       std::printf("FAILED %s: kind %d, in %d, out %d, %d vectors, bias %d, %d threads\n", choice.kernels->name,

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationC
 from tersekv.errors import InputError, ModelError, did_you_mean
 from tersekv.hf.attention import ROUTES, attend, mask_of
 from tersekv.hf.cache import PackedCache
+from tersekv.hf.decoder import native_layers
 from tersekv.hf.graph import GraphedForward, refusal
 from tersekv.hf.linear import few_tokens
 from tersekv.hf.rating import rated
@@ -44,7 +45,7 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
             "exchanged. Use the cache without tersekv.attached: it then unpacks at every step."
         )
     try:
-        with rated(model), offering_graphs(model), few_tokens(model) if route == "fused" else nullcontext():
+        with rated(model), offering_graphs(model), in_native_code(model) if route == "fused" else nullcontext():
             yield model
     finally:
         model.set_attn_implementation(before)
@@ -62,6 +63,13 @@ def explain() -> list[Implementation]:
         Implementation("torch.compile", True, traced),
         Implementation("linear layers", not why, why or layers),
     ]
+
+
+@contextmanager
+def in_native_code(model: PreTrainedModel) -> Iterator[None]:
+    """On a processor, of a few tokens."""
+    with few_tokens(model), native_layers(model):
+        yield
 
 
 @contextmanager

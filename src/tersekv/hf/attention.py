@@ -36,6 +36,24 @@ def former_attention(module: torch.nn.Module, former: str) -> Callable[..., Any]
     return AttentionInterface()[former]
 
 
+class Probe:
+    """Stands for a cache and for what it returns, and remembers what a layer's attention is called with."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple["Probe", "Probe"]:
+        self.k, self.v = k, v
+        return self, self
+
+    def answer(self, q: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """The queries themselves, as if they were what was attended to."""
+        self.q, self.options = q, options
+        return q.transpose(1, 2).contiguous(), None
+
+
 class _NoGradient(torch.autograd.Function):
     """Lets a model that was not told to leave gradients out go on, until somebody asks for one."""
 
@@ -54,8 +72,8 @@ class _NoGradient(torch.autograd.Function):
 def attend(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Handle,
-    value: Tensor | Handle,
+    key: Tensor | Handle | Probe,
+    value: Tensor | Handle | Probe,
     attention_mask: ChunkMask | Tensor | None,
     former: str,
     route: str,
@@ -63,6 +81,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer: (b, n, hq, d). Layers that are not packed go to the model's former attention."""
+    if isinstance(key, Probe):
+        return key.answer(query, scaling=scaling, **kwargs)
     if not isinstance(key, Handle):
         mask = attention_mask.dense if isinstance(attention_mask, ChunkMask) else attention_mask
         return former_attention(module, former)(module, query, key, value, mask, scaling=scaling, **kwargs)
