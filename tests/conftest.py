@@ -17,9 +17,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from tersekv.calibrate.session import Settings
@@ -49,6 +53,10 @@ def make_model(family: str) -> PreTrainedModel:
         model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=3, head_dim=32))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SMALL, num_hidden_layers=3))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_hidden_layers=3, head_dim=32))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SMALL, num_hidden_layers=3, head_dim=32, sliding_window=None))
     else:
         kinds = ["sliding_attention", "full_attention", "sliding_attention"]
         sizes = {"num_hidden_layers": 3, "head_dim": 32, "sliding_window": 32, "layer_types": kinds}

@@ -1,6 +1,7 @@
 """Linear layers of a few tokens in native code, against fp64, and in an attached model on a processor."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import tersekv
 from tersekv.errors import InputError
+from tersekv.hf.linear import few_tokens
 from tersekv.ops import linear, native
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
@@ -116,14 +118,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
-def test_an_attached_model_takes_a_few_tokens_to_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_takes_a_few_tokens_to_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = make_model(family), counted(monkeypatch)
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     ids = torch.randint(0, model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
     logits = {}
     for route in ("fused", "exact"):
         cache = tersekv.cache(model, "none")
-        with tersekv.attached(model, route):
+        with few_tokens(model) if route == "fused" else nullcontext(), tersekv.attached(model, "exact"):
             model(ids[:, :-1], past_key_values=cache, logits_to_keep=0)
             assert not seen
             logits[route] = model(ids[:, -1:], past_key_values=cache).logits
@@ -138,7 +140,7 @@ def test_layers_with_a_forward_of_their_own_are_left_alone(monkeypatch: pytest.M
     model.lm_head.forward = lambda x: nn.functional.linear(x, model.lm_head.weight)  # as hooks of accelerate do
     others = sum(type(module) is nn.Linear for module in model.modules()) - 1
     projection = model.model.layers[0].mlp.down_proj
-    with tersekv.attached(model), tersekv.attached(model):
+    with few_tokens(model), few_tokens(model), tersekv.attached(model, "exact"):
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=tersekv.cache(model, "none"))
         projection.forward = hook = lambda x: x
     assert len(seen) == others and "forward" in vars(model.lm_head)

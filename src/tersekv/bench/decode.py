@@ -17,6 +17,7 @@ from tersekv.terminal import Stages
 
 KL_BOUND = 0.5  # nats at the end of the prompt, to the first contestant; other weights or a broken cache give several
 MOST = 1_000_000
+TURN = 8  # tokens that a contestant decodes in a row, as in use
 
 
 def decode(
@@ -62,13 +63,14 @@ def _at(decoders: Decoders, context: int, new_tokens: int, stages: Stages) -> li
     with decoders.at(context) as found:
         prefill = _read_all(found, tokens[:-new_tokens], stages)
         seconds: dict[str, list[float]] = {one.name: [] for one in found}
-        order = Random(0)  # drawn anew for each token, because who comes after llama.cpp is slower
-        for number, token in enumerate(tokens[-new_tokens:]):
+        order = Random(0)  # drawn anew for each turn, because who comes after llama.cpp is slower
+        for turn in tokens[-new_tokens:].split(TURN):
             for one in order.sample(found, len(found)):
-                began = perf_counter()
-                one.read(token[None])
-                seconds[one.name].append(perf_counter() - began)
-            stages(f"decode at {context:,}", (number + 1) / new_tokens)
+                for token in turn:
+                    began = perf_counter()
+                    one.read(token[None])
+                    seconds[one.name].append(perf_counter() - began)
+            stages(f"decode at {context:,}", len(seconds[found[0].name]) / new_tokens)
     return [_row(context, one, found, prefill, seconds) for one in found]
 
 

@@ -52,9 +52,9 @@ class DecoderLayer:
     def __init__(self, weights: Weights) -> None:
         """Raises InputError for weights that are not of one type, contiguous and in memory, or do not fit."""
         w, like = weights, weights.q[0]
-        linear = [tuple(map(_array, one)) for one in (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)]
-        norms = [_array(one) for one in (w.input_norm, w.post_norm, w.q_norm, w.k_norm)]
         try:
+            linear = [tuple(map(_array, one)) for one in (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)]
+            norms = [_array(one) for one in (w.input_norm, w.post_norm, w.q_norm, w.k_norm)]
             self._native = native._native.DecoderLayer(linear, norms, w.eps, w.d)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -71,14 +71,15 @@ class DecoderLayer:
         cos: Float[Tensor, "#b n d"],
         sin: Float[Tensor, "#b n d"],
         isa: str = "",
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, hq, n, d), keys and values (b, h, n, d)."""
         b, n, _ = x.shape
         y = x.new_empty(b, n, sum(self.heads), self.d)
         if cos.shape[0] != b:
             cos, sin = cos.expand(b, n, self.d).contiguous(), sin.expand(b, n, self.d).contiguous()
         self._call(self._native.project, (x, cos, sin, y), isa)
-        return y.transpose(1, 2).split_with_sizes(self.heads, 1)
+        q, k, v = y.transpose(1, 2).split_with_sizes(self.heads, 1)
+        return q, k, v
 
     def finish(
         self, attended: Float[Tensor, "b n hq d"], x: Float[Tensor, "b n width"], isa: str = ""
