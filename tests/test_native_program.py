@@ -50,7 +50,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_addresses_and_undefined_behaviour(golden: Path, sanitized: Path) -> None:
     said = run(sanitized, golden)
     assert f"{len(make_native_golden.CASES)} cases, 0 failures" in said and "portable: ran" in said
-    for other in ("test_encoders", "test_linear"):
+    for other in ("test_encoders", "test_linear", "test_decoder"):
         assert " 0 failures" in run(sanitized.with_name(other))
 
 
@@ -70,7 +70,8 @@ def test_data_races(golden: Path, tmp_path: Path) -> None:
     tool("c++", "g++", "clang++", why="the kernel test program needs a C++ compiler")
     program = build(tmp_path, "-DTERSEKV_SANITIZE=thread", "-DTERSEKV_PORTABLE=ON")
     assert "0 failures" in run(program, golden)
-    assert " 0 failures" in run(program.with_name("test_linear"))
+    for other in ("test_linear", "test_decoder"):
+        assert " 0 failures" in run(program.with_name(other))
 
 
 def test_arm(golden: Path, tmp_path: Path) -> None:
@@ -83,6 +84,7 @@ def test_arm(golden: Path, tmp_path: Path) -> None:
     assert "neon: ran" in new and "0 failures" in new
     coded = run(emulator, "-cpu", "max", program.with_name("test_encoders"))
     assert "neon: ran" in coded and "0 failures" in coded
-    assert " 0 failures" in run(emulator, "-cpu", "max", program.with_name("test_linear"))
+    for other in ("test_linear", "test_decoder"):
+        assert " 0 failures" in run(emulator, "-cpu", "max", program.with_name(other))
     old = run(emulator, "-cpu", "cortex-a53", program, golden)
     assert "neon: ARMv8.2 with dot products" in old and "portable: ran" in old and "0 failures" in old

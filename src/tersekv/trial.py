@@ -126,7 +126,7 @@ def _generate(
 ) -> tuple[Row, "_Fork", list[int], Tensor]:
     """The arm's row, its state after the prefill, and its greedy tokens with the logits they were chosen from."""
     model, name = loaded.model, "dense" if arm.spec is None else str(arm.spec)
-    with attached(model):  # the dense cache, too: linear layers are faster then, whatever the cache
+    with attached(model):  # the dense cache, too: layers are faster then, whatever the cache
         stages(f"{name}: prefill of {ids.shape[1]:,} tokens")
         first, prefill = _timed(model, ids, arm.cache)
         fork = _Fork(_scored(arm.cache), first)

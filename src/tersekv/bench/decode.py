@@ -31,7 +31,7 @@ def decode(
     memory: bool = True,
     llama_cpp: bool = True,
 ) -> dict[str, Any]:
-    """The record. Each context is read but for `new_tokens`, which all contestants then decode in turn."""
+    """The record. Each context is read but for `new_tokens`, which all contestants then decode, TURN in a row."""
     if threads < 1 or new_tokens < 1 or min(contexts) <= new_tokens:
         raise InputError(
             f"contexts {contexts}, new tokens {new_tokens}, threads {threads}: at least one thread and one new token, "

@@ -58,7 +58,7 @@ class Decoders:
                 found.append(_in_transformers("quanto 4 bits", model, _quanto(model.config)))
             except ValueError as error:  # it takes no sliding windows
                 self.absent["quanto 4 bits"] = str(error)
-        # What of the gain is the cache's: our linear layers, and a dense cache.
+        # What of the gain is the cache's: our layers, and a dense cache.
         attached = DynamicCache(config=self.packed.config)
         found.append(_in_transformers(f"dense {self.dtype}, attached", self.packed, attached))
         for spec in self.specs:

@@ -29,7 +29,8 @@ def attached(model: PreTrainedModel, route: str = "fused") -> Iterator[PreTraine
 
     Kernels may multiply codes of up to 4 bits as 8-bit integers; `route="exact"` has them compute in fp32.
     `route="decoded"` unpacks the history at every step instead: the slow check on the other two.
-    With the fused route, and on a processor, linear layers of a few tokens run in native code, too: see `ops.linear`.
+    With the fused route, and on a processor, what lies around attention runs in native code, too, for a few tokens:
+    decoder layers of Llama's form (`ops.decoder`), and other linear layers (`ops.linear`).
     Raises ModelError if the model's attention cannot be exchanged.
     """
     if route not in ROUTES:
@@ -56,12 +57,12 @@ def explain() -> list[Implementation]:
     graph = cuda.missing() or ("" if hasattr(PreTrainedModel, COMPILED) else NOT_ASKED)
     offered = "model.generate replays one for each token, unless disable_compile is set; cache.report() says if it did."
     traced = "Attention to packed pages is one operation of a compiled model's graph, tersekv::extend."
-    layers = f"On a processor, those of up to {FEW} tokens run in native code, as fast as their weights are read."
+    layers = f"On a processor, of up to {FEW} tokens: decoder layers of Llama's form, and other models' linear layers."
     why = native.missing()
     return [
         Implementation("CUDA graph", not graph, graph or offered),
         Implementation("torch.compile", True, traced),
-        Implementation("linear layers", not why, why or layers),
+        Implementation("native layers", not why, why or layers),
     ]
 
 
