@@ -96,8 +96,10 @@ class Layers:
 
     def _may(self, x: Tensor) -> bool:
         first = self.all[0]
-        if not linear.takes(x, first.weights.q[0]) or not is_ours(first.attention.config._attn_implementation):
+        attention = first.attention.config._attn_implementation
+        if not linear.takes(x, first.weights.q[0]) or not is_ours(attention):
             return False
+        self.attend = ALL_ATTENTION_FUNCTIONS[attention]
         if self.hooks != RemovableHandle.next_id:  # somewhere, somebody has put a new hook
             self.hooks = RemovableHandle.next_id
             self.watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
@@ -164,8 +166,7 @@ class Passing:
         q, k, v = tried.layer.project(x, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, attention.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-        attended, _ = attend(attention, q, k, v, attention_mask, **tried.options, **kwargs)
+        attended, _ = self.layers.attend(attention, q, k, v, attention_mask, **tried.options, **kwargs)
         return tried.layer.finish(attended, x)
 
 
