@@ -1,12 +1,14 @@
 """Decoder layers of a few tokens in native code, against fp64, and in an attached model on a processor."""
 
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_model
 from test_native_attend import RUN
+from test_native_linear import Standing
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -309,6 +311,30 @@ def test_who_has_the_form() -> None:
     for family, taken in (("llama", True), ("qwen2", True), ("qwen3", True), ("mistral", True), ("gemma3", False)):
         layers = [weights_of(layer) is not None for layer in make_model(family).model.layers]
         assert layers == [taken] * len(layers)
+    other = make_model("llama").model.layers[0]
+    other.mlp.up_proj.weight = nn.Parameter(other.mlp.up_proj.weight.as_subclass(Standing), requires_grad=False)
+    assert weights_of(other) is None and weights_of(make_model("llama").model.layers[0].to("meta")) is None
     gelu = make_model("llama")
     gelu.model.layers[0].mlp.act_fn = nn.GELU()
     assert weights_of(gelu.model.layers[0]) is None
+
+
+def test_threads_may_share_a_model() -> None:
+    """One decodes, the other reads prompts; each with a cache of its own."""
+    model = make_model("llama")
+    text = ids(model, 40)
+    right = model(text).logits[:, -1]
+    found: list[Tensor] = []
+
+    def prompts() -> None:
+        with torch.no_grad():
+            found.extend(model(text, past_key_values=tersekv.cache(model, "none")).logits[:, -1] for _ in range(10))
+
+    with tersekv.attached(model):
+        other = Thread(target=prompts)
+        other.start()
+        cache = tersekv.cache(model, "none")
+        ours = [model(text[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(40)][-1]
+        other.join()
+    assert len(found) == 10
+    assert all((one - right).abs().max() < 1e-4 * right.abs().max() for one in (ours, *found))

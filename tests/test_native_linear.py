@@ -27,6 +27,10 @@ def _no_gradients() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class Standing(Tensor):
+    """As quantised weights of other libraries do, for a tensor that is never made."""
+
+
 def layer(outputs: int, inputs: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(outputs + inputs + tokens)
     shapes = ((tokens, inputs), (outputs, inputs), (outputs,))
@@ -84,6 +88,7 @@ def test_what_is_left_to_torch() -> None:
     assert not linear.takes(x.double(), weight.double())
     assert not linear.takes(x[:, :20], weight[:, :20].contiguous())
     assert not linear.takes(x, weight.t().contiguous().t())
+    assert not linear.takes(x, weight.as_subclass(Standing))
     with torch.autocast("cpu", torch.bfloat16):
         assert not linear.takes(x, weight)
     with torch.enable_grad():

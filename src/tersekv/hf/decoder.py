@@ -40,7 +40,7 @@ def native_layers(model: nn.Module) -> Iterator[None]:
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
-    """Those of a layer that has Llama's parts, and no others; None for any other module."""
+    """Those of a layer in memory that has Llama's parts, and no others; None for any other module."""
     parts: dict[str, Any] = dict(layer.named_children())
     if set(parts) != {"self_attn", "mlp", *NORMS}:
         return None
@@ -58,7 +58,8 @@ def weights_of(layer: nn.Module) -> Weights | None:
     if not simple or len(eps) != 1 or None in eps or any([*norm.state_dict()] != ["weight"] for norm in there):
         return None
     values: list[Any] = [(one.weight, one.bias) for one in linears] + [norm and norm.weight for norm in norms]
-    return Weights(*values, eps=eps.pop(), d=d)
+    weights = Weights(*values, eps=eps.pop(), d=d)
+    return weights if all(type(x) is nn.Parameter and x.device.type == "cpu" for x in weights.tensors) else None
 
 
 class Tried(NamedTuple):
@@ -85,14 +86,16 @@ class Layers:
             (part._parameters, name) for part in self.parts for name, _ in part.named_parameters(recurse=False)
         ]
         self.before, self.hooks, self.watched = self._exchangeable(), -1, False
-        self.rotation, self.seen, self.open = None, (), False
+        self.state: tuple[Any, tuple[Any, ...], bool] = None, (), False  # in one piece: threads share a model
 
     def may(self, x: Tensor, rotation: Any) -> bool:
         """Whether these tokens are few, and nobody watches parts of the layers or has exchanged them."""
-        seen = x.shape, x.dtype, torch.is_grad_enabled()
-        if rotation is not self.rotation or seen != self.seen:  # a pass gives all its layers the same
-            self.rotation, self.seen, self.open = rotation, seen, rotation is not None and self._may(x)
-        return self.open
+        given, seen, may = self.state
+        now = x.shape, x.dtype, torch.is_grad_enabled()
+        if rotation is not given or seen != now:  # a pass gives all its layers the same
+            may = rotation is not None and self._may(x)
+            self.state = rotation, now, may
+        return may
 
     def _may(self, x: Tensor) -> bool:
         first = self.all[0]
@@ -101,8 +104,9 @@ class Layers:
             return False
         self.attend = ALL_ATTENTION_FUNCTIONS[attention]
         if self.hooks != RemovableHandle.next_id:  # somewhere, somebody has put a new hook
-            self.hooks = RemovableHandle.next_id
+            hooks = RemovableHandle.next_id
             self.watched = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts)
+            self.hooks = hooks
         if self.watched or any(one.layer.training for one in self.all):
             return False
         return self._exchangeable() == self.before

@@ -76,6 +76,8 @@ class DecoderLayer:
         b, n, _ = x.shape
         y = x.new_empty(b, n, sum(self.heads), self.d)
         if cos.shape[0] != b:
+            if cos.shape != (1, n, self.d):
+                raise InputError(f"Cosines {tuple(cos.shape)}. Allowed: ({b} or 1, {n}, {self.d}).")
             cos, sin = cos.expand(b, n, self.d).contiguous(), sin.expand(b, n, self.d).contiguous()
         self._call(self._native.project, (x, cos, sin, y), isa)
         q, k, v = y.transpose(1, 2).split_with_sizes(self.heads, 1)

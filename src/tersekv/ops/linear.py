@@ -11,12 +11,13 @@ from tersekv.errors import InputError
 from tersekv.ops import native
 
 FEW = 8  # vectors up to which one pass over the weights is faster than PyTorch's products of matrices
+PLAIN = (Tensor, torch.nn.Parameter)  # and not what stands for numbers that are stored otherwise
 MULTIPLE = 16  # of the inputs of a layer, the floats of the widest register
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes this product, and nobody wants its gradient."""
-    like = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in native.DTYPES
+    like = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in native.DTYPES and type(weight) in PLAIN
     if not like or not 0 < x.numel() <= FEW * weight.shape[1] or weight.shape[1] % MULTIPLE or native.missing():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
