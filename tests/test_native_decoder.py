@@ -11,7 +11,7 @@ from test_native_attend import RUN
 from test_native_linear import Standing
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama import modeling_llama
 
 import tersekv
 from tersekv.errors import InputError
@@ -243,13 +243,36 @@ def test_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_that_compute_something_else_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have Llama's parts, and put them together in another way."""
     model, seen = make_model("llama"), counted(monkeypatch)
-    plain = LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, x, **more: plain(self, x, **more) * 1.5)
+    plain = modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer, "forward", lambda self, x, **more: plain(self, x, **more) * 1.5
+    )
     right = model(ids(model, 3)).logits
     with tersekv.attached(model):
         found = [model(ids(model, 3)).logits for _ in range(2)]
     assert len(seen) == model.config.num_hidden_layers  # each was tried out, once
     assert all((one - right).abs().max() < 1e-4 * right.abs().max() for one in found)
+
+
+def test_another_rotation_is_found_out_at_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its angles are 0, whichever channels are turned together."""
+
+    def by_neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+        half = cos.shape[-1] // 2
+        cos, sin = (y[..., :half].repeat_interleave(2, -1).unsqueeze(unsqueeze_dim) for y in (cos, sin))
+        turned = [torch.stack((-y[..., 1::2], y[..., ::2]), -1).flatten(-2) for y in (q, k)]
+        return q * cos + turned[0] * sin, k * cos + turned[1] * sin
+
+    model = make_model("llama")
+    text = ids(model, 12)
+    for rotate, more in ((by_neighbours, False), (modeling_llama.apply_rotary_pos_emb, True)):
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+        right, cache = model(text).logits, tersekv.cache(model, "none")
+        with tersekv.attached(model), monkeypatch.context() as patch:
+            seen = counted(patch)
+            found = [model(text[:, i : i + 1], past_key_values=cache).logits for i in range(12)]
+        assert (torch.cat(found, 1) - right).abs().max() < 1e-4 * right.abs().max()
+        assert (len(seen) > model.config.num_hidden_layers) == more
 
 
 def watching(model: Any) -> None:

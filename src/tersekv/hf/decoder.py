@@ -135,23 +135,25 @@ class Passing:
         if not self.layers.may(hidden_states, kwargs.get("position_embeddings")):
             return self.former(hidden_states, **kwargs)
         self.done = self.done or self.tried(hidden_states, **kwargs)
-        self.refused = self.done is None
-        return (
-            self.former(hidden_states, **kwargs)
-            if self.done is None
-            else self._pass(self.done, hidden_states, **kwargs)
-        )
+        if self.done is None:
+            self.refused = True
+            return self.former(hidden_states, **kwargs)
+        return self._pass(self.done, hidden_states, **kwargs)
 
     def tried(self, like: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Tried | None:
-        """Passes tokens drawn at random both ways, and compares what goes into attention and what comes out."""
-        x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).mul_(0.01).to(like.dtype)
-        probe = Probe()
-        stead = {"position_embeddings": position_embeddings, "past_key_values": probe, "attention_mask": None}
+        """Passes tokens drawn at random both ways, and compares what goes into attention and what comes out.
+
+        They are rotated at random, too: the angles of the first token of a text do not tell one rotation from another.
+        """
+        draw, probe = torch.Generator().manual_seed(0), Probe()
         try:
+            cos, sin = (torch.randn(y.shape, generator=draw).to(y.dtype) for y in position_embeddings)
+            x = torch.randn(like.shape, generator=draw).to(like.dtype) * 0.01  # so that what is added to it counts
+            stead = {"position_embeddings": (cos, sin), "past_key_values": probe, "attention_mask": None}
             right = self.former(x, **kwargs | stead)
             ours = DecoderLayer(self.weights)
-            found = [*ours.project(x, *position_embeddings), ours.finish(probe.q.transpose(1, 2), x)]
-        except (InputError, AttributeError, TypeError):  # it wants something else of its cache, or of its arguments
+            found = [*ours.project(x, cos, sin), ours.finish(probe.q.transpose(1, 2), x)]
+        except (InputError, AttributeError, TypeError, ValueError):  # it wants something else of its arguments
             return None
         if not all(map(_close, found, (probe.q, probe.k, probe.v, right))):
             return None
