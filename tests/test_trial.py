@@ -38,7 +38,7 @@ def test_rows_agree_with_what_was_generated(loaded: LoadedModel) -> None:
     assert 0 < four.kl < two.kl
     assert dense.ratio == 1 and exact.ratio < 1.01 < four.ratio < two.ratio
     shown = to_text(trial, 160)
-    assert "rotated:bits=4" in shown and f"{two.kl:.4f}" in shown
+    assert "terse4" in shown and f"{two.kl:.4f}" in shown
 
 
 @pytest.mark.parametrize("policy", POLICIES)

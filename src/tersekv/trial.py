@@ -19,6 +19,7 @@ from tersekv.eval.logits import Arm, Divergence, arms, forward
 from tersekv.hf import PackedCache, attached
 from tersekv.models import LoadedModel
 from tersekv.prompt import prompt_ids
+from tersekv.reports.cells import shown
 from tersekv.spec import Spec, parse
 from tersekv.terminal import Stages, bytes_text
 
@@ -55,7 +56,8 @@ class Trial:
         return asdict(self)
 
     def __rich__(self) -> Group:
-        texts = [Panel(Text(row.text.strip() or "(nothing)"), title=row.spec, title_align="left") for row in self.rows]
+        said = [(shown(row.spec), Text(row.text.strip() or "(nothing)")) for row in self.rows]
+        texts = [Panel(text, title=title, title_align="left") for title, text in said]
         return Group(*texts, self._table())
 
     def _table(self) -> Table:
@@ -72,7 +74,7 @@ class Trial:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             cells = (
-                row.spec,
+                shown(row.spec),
                 f"{row.tokens:,}",
                 bytes_text(row.held),
                 f"{row.ratio:.2f}",
