@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <chrono>
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -18,6 +20,25 @@ void start() {
   // A forked process has none of the threads, but a condition variable that waits for them.
   pthread_atfork(nullptr, nullptr, renew);
 #endif
+}
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Until `ready`, but not for longer than Python takes between two calls of a layer.
+template <class Ready>
+void look(Ready ready) {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto LONG = std::chrono::microseconds(100);
+  static const bool alone = std::thread::hardware_concurrency() < 2;
+  if (alone) return;
+  for (const auto until = Clock::now() + LONG; !ready() && Clock::now() < until;)
+    for (int i = 0; i < 16 && !ready(); i++) pause();
 }
 
 }  // namespace
@@ -42,8 +63,12 @@ void Pool::run(int count, int threads, const std::function<void(int)>& task) {
   }
   wake_.notify_all();
   take_tasks(task);
+  {
+    std::lock_guard lock(state_);
+    allowed_ = 0;  // whoever wakes up only now finds nothing to do
+  }
+  look([this] { return running_ == 0; });
   std::unique_lock lock(state_);
-  allowed_ = 0;  // whoever wakes up only now finds nothing to do
   done_.wait(lock, [this] { return running_ == 0; });
   task_ = nullptr;
 }
@@ -59,6 +84,7 @@ void Pool::work(int index) {
   unsigned seen = 0;
   for (;;) {
     const std::function<void(int)>* task;
+    look([&] { return generation_ != seen; });
     {
       std::unique_lock lock(state_);
       wake_.wait(lock, [&] { return generation_ != seen && index < allowed_; });
