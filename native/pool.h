@@ -1,6 +1,6 @@
-// Threads that wait for work. One call at a time uses them; a call that finds them busy does its work alone. Whoever waits
-// looks for some time before it sleeps: to wake a thread takes as long as reading half a megabyte, and of a model's layers
-// one call follows another.
+// Threads that wait for work. One call at a time uses them; a call that finds them busy does its work alone. Whoever
+// waits looks for some time before it sleeps: to wake a thread takes as long as reading half a megabyte, and of a
+// model's layers one call follows another.
 #pragma once
 #include <atomic>
 #include <condition_variable>
