@@ -50,7 +50,7 @@ void multiply(std::initializer_list<Product> products, const float* x, int vecto
   int64_t rows = 0, bytes = 0;
   for (const Product& p : products)
     rows += p.layer->out, bytes += int64_t(p.layer->out) * p.layer->in * width_of(p.layer->kind);
-  // Waking a thread costs about as much as reading this many bytes.
+  // To hand work to a thread that looks for it costs about as much as reading this many bytes.
   constexpr int64_t LEAST = 64 << 10;
   const int jobs = int(std::clamp<int64_t>(bytes / LEAST, 1, std::max(on.threads, 1)));
   Pool::shared().run(jobs, on.threads, [&](int job) {

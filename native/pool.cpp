@@ -30,13 +30,14 @@ void pause() {
 #endif
 }
 
-// Until `ready`, but not for longer than Python takes between two calls of a layer.
+// Until `ready`, but not for longer than Python takes between two calls of a layer. Not where `threads` are more than
+// processors: who looks would hold up who works.
 template <class Ready>
-void look(Ready ready) {
+void look(int threads, Ready ready) {
   using Clock = std::chrono::steady_clock;
   constexpr auto LONG = std::chrono::microseconds(100);
-  static const bool alone = std::thread::hardware_concurrency() < 2;
-  if (alone) return;
+  static const int processors = int(std::thread::hardware_concurrency());
+  if (threads > processors) return;
   for (const auto until = Clock::now() + LONG; !ready() && Clock::now() < until;)
     for (int i = 0; i < 16 && !ready(); i++) pause();
 }
@@ -67,7 +68,7 @@ void Pool::run(int count, int threads, const std::function<void(int)>& task) {
     std::lock_guard lock(state_);
     allowed_ = 0;  // whoever wakes up only now finds nothing to do
   }
-  look([this] { return running_ == 0; });
+  look(threads, [this] { return running_ == 0; });
   std::unique_lock lock(state_);
   done_.wait(lock, [this] { return running_ == 0; });
   task_ = nullptr;
@@ -84,7 +85,7 @@ void Pool::work(int index) {
   unsigned seen = 0;
   for (;;) {
     const std::function<void(int)>* task;
-    look([&] { return generation_ != seen; });
+    look(index + 2, [&] { return generation_ != seen; });
     {
       std::unique_lock lock(state_);
       wake_.wait(lock, [&] { return generation_ != seen && index < allowed_; });

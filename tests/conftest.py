@@ -1,6 +1,7 @@
 """Shapes are checked in tests only: jaxtyping's hook wraps every function of the package."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,6 +45,15 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """Without gradients; the number of threads is afterwards what it was."""
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
 
 
 def make_model(family: str) -> PreTrainedModel:

@@ -15,7 +15,7 @@ BUDGET = {
     "calibrate": 1490,
     "codecs": 1620,
     "eval": 1570,
-    "hf": 1770,
+    "hf": 1790,
     "models": 600,
     "ops": 1870,
     "ops/cuda": 1480,

@@ -1,6 +1,5 @@
 """Linear layers of a few tokens in native code, against fp64, and in an attached model on a processor."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,16 +14,11 @@ from tersekv.errors import InputError
 from tersekv.hf.linear import few_tokens
 from tersekv.ops import linear, native
 
-pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}")
+pytestmark = [
+    pytest.mark.skipif(native.missing() is not None, reason=f"no native kernels: {native.missing()}"),
+    pytest.mark.usefixtures("inference"),
+]
 STEPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half of the last place
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    before = torch.get_num_threads()
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
 
 
 class Standing(Tensor):

@@ -140,7 +140,7 @@ def bench_decode(
     *,
     model: str = "smollm2",
     contexts: str = "512,1024,2048,8192",
-    specs: str = "terse4,terse3",
+    specs: str = "terse4,terse3,terse2",
     dtypes: str = "bfloat16,float32",
     new_tokens: int = 32,
     threads: int = 1,

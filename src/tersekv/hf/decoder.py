@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersekv.errors import InputError
 from tersekv.hf.attention import Probe, is_ours
+from tersekv.hf.exchange import as_made, exchanged
 from tersekv.ops import linear, native
 from tersekv.ops.decoder import DecoderLayer, Weights
 
@@ -25,18 +26,10 @@ CLOSE = 2**-5  # to the largest number: several roundings to bf16
 def native_layers(model: nn.Module) -> Iterator[None]:
     """Within the block, layers of Llama's form compute what lies around attention in native code.
 
-    Whether a layer is of that form is tried out before it counts, see `Passing.tried`.
+    Whether a layer is of that form is tried out before it counts, see `NativeForward.tried`.
     """
-    layers = Layers(model)
-    exchanged = [(vars(one.layer), one.forward) for one in layers.all]
-    for attributes, forward in exchanged:
-        attributes["forward"] = forward
-    try:
+    with exchanged([(one.layer, one.forward) for one in NativeLayers(model).all]):
         yield
-    finally:
-        for attributes, forward in exchanged:
-            if attributes.get("forward") == forward:  # and not what was put there meanwhile
-                del attributes["forward"]
 
 
 def weights_of(layer: nn.Module) -> Weights | None:
@@ -69,7 +62,7 @@ class Tried(NamedTuple):
     options: dict[str, Any]  # with which it calls attention, beside those that it is called with
 
 
-class Layers:
+class NativeLayers:
     """What of a model is exchanged, and whether it may still be: all layers are looked at when a pass begins.
 
     One by one they would be looked at when the weights of the one before have just gone through the processor's caches,
@@ -77,8 +70,8 @@ class Layers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = [] if native.missing() else [(x, weights_of(x)) for x in model.modules() if "forward" not in vars(x)]
-        self.all = [Passing(layer, weights, self) for layer, weights in found if weights is not None]
+        found = [] if native.missing() else [(x, weights_of(x)) for x in model.modules() if as_made(x)]
+        self.all = [NativeForward(layer, weights, self) for layer, weights in found if weights is not None]
         self.parts = [part for one in self.all for part in one.layer.modules() if part is not one.layer]
         self.attributes = [vars(part) for part in self.parts]
         self.children = [x._modules for x in (*(one.layer for one in self.all), *self.parts) if x._modules]
@@ -118,10 +111,10 @@ class Layers:
         return forwards, children, [parameters[name].data_ptr() for parameters, name in self.weights]
 
 
-class Passing:
+class NativeForward:
     """A decoder layer in native code, but for its attention."""
 
-    def __init__(self, layer: nn.Module, weights: Weights, layers: Layers) -> None:
+    def __init__(self, layer: nn.Module, weights: Weights, layers: NativeLayers) -> None:
         self.layer, self.former = layer, layer.forward
         self.attention: Any = layer.get_submodule("self_attn")
         self.weights, self.layers = weights, layers

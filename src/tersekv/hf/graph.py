@@ -78,7 +78,7 @@ class GraphedForward:
         """What the model says, in memory that the next call writes to again."""
         mask = inputs.get("attention_mask")
         self.cache.check_next(1)
-        self.cache.shown(mask, 1).check(self.layers[0].opened().lengths)
+        self.cache.shown(mask, 1).check(self.layers[0].opened())
         inputs = {name: x for name, x in inputs.items() if name != "attention_mask"}  # it hides nothing more
         where = [layer.opened().ready(1) for layer in self.layers]
         if None in where:

@@ -147,8 +147,7 @@ class PackedLayer(CacheLayerMixin):
     def _extended(self, q: Tensor, k: Tensor, v: Tensor, shown: Shown, scale: float, route: str) -> Tensor:
         self._check_like(k)
         store = self.opened_for(k, v)
-        if shown.mask is not None:
-            shown.check(store.lengths)
+        shown.check(store)
         padding, moved = shown.padding, partial(self.cache.moved, self.index)
         out = store.step(q, k, v, scale, route, moved) if padding is None else None
         if out is None:

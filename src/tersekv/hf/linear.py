@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tersekv.hf.exchange import as_made, exchanged
 from tersekv.ops import linear
 
 
@@ -13,16 +14,8 @@ from tersekv.ops import linear
 def few_tokens(model: nn.Module) -> Iterator[None]:
     """Within the block, whatever `ops.linear` takes does not go to PyTorch. Subclasses, and layers whose `forward`
     somebody else has exchanged, are left alone."""
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
-    ours = [(vars(layer), _forward(layer)) for layer in layers]
-    for attributes, forward in ours:
-        attributes["forward"] = forward
-    try:
+    with exchanged([(x, _forward(x)) for x in model.modules() if type(x) is nn.Linear and as_made(x)]):
         yield
-    finally:
-        for attributes, forward in ours:
-            if attributes.get("forward") is forward:  # and not what was put there meanwhile
-                del attributes["forward"]
 
 
 def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

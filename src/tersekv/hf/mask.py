@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 
 from tersekv.errors import InputError
-from tersekv.store import Padding
+from tersekv.store import Padding, Store
 
 
 class ChunkMask:
@@ -54,11 +54,11 @@ class Shown:
             )
         return padding if padding.any() else None
 
-    def check(self, lengths: Int[np.ndarray, "b"]) -> None:
+    def check(self, held: Store) -> None:
         """Raise InputError if the mask hides other stored tokens than those that were padding when they came."""
-        if self._counts is not None and not np.array_equal(self._counts[:, 0], lengths):
+        if self._counts is not None and not np.array_equal(self._counts[:, 0], held.lengths):
             raise InputError(
                 f"The attention mask shows {self._counts[:, 0].tolist()} stored tokens, but the cache holds "
-                f"{lengths.tolist()}. "
+                f"{held.lengths.tolist()}. "
                 "Pass the mask of the whole conversation, unchanged for the part already seen."
             )
